@@ -1,0 +1,151 @@
+// The element formulas, each written once, for scalars, SIMD vectors and CUDA threads alike.
+//
+//   y  = (x - mean) * rstd * weight + bias                    Ioffe & Szegedy 2015, alg. 1; Ba, Kiros, Hinton 2016, eq. 4
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  g = dy * weight
+//
+// The mean of the data is `mean` (rounded) plus a low part that `shift` = -low * rstd carries, so x - mean is exact
+// for data near the mean and no digit is lost at any offset. The affine step acts on the normalized value: folding
+// weight * rstd into a factor of x would lose those digits and make a constant slice differ from bias.
+#pragma once
+
+#include "core/isa.hpp"
+#include "core/moments.hpp"
+
+namespace lanenorm {
+inline namespace LANENORM_ISA {
+
+LANENORM_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+// Constants of one statistic in the compute type C.
+template <class C>
+struct Normalizer {
+  C mean;
+  C rstd;
+  C shift;  // -(mean's low part) * rstd
+  C scale;  // a power of two, almost always 1: x is multiplied by it first where x - mean or rstd leaves C's range
+};
+
+// xhat
+template <class V>
+LANENORM_INLINE V normalize(V x, V mean, V rstd, V shift) {
+  return fma(x - mean, rstd, shift);
+}
+
+// factor * (dy * weight - mean_g - xhat * mean_gx); factor is rstd (LN) or rstd * weight (BN, with weight 1 here)
+template <class V>
+LANENORM_INLINE V input_gradient(V dy, V weight, V xhat, V minus_mean_g, V minus_mean_gx, V factor) {
+  return fma(xhat, minus_mean_gx, fma(dy, weight, minus_mean_g)) * factor;
+}
+
+// What a finished statistic yields.
+template <class C>
+struct Statistic {
+  C mean, rstd;  // as saved and returned
+  double exact_mean, variance;
+  Normalizer<C> normalizer;
+};
+
+// Limits of the fast path, by value and so the same everywhere: m2 must be finite and var + eps must not be so small
+// that the squares it is made of were subnormal (float32: 2^-126 < 2^-100; float64 likewise).
+template <class C>
+inline constexpr double kSmallestVariance = 0x1p-100;
+template <>
+inline constexpr double kSmallestVariance<double> = 0x1p-900;
+
+LANENORM_INLINE bool finite(double v) { return v - v == 0.0; }
+
+template <class C>
+LANENORM_INLINE bool out_of_range(double m2, double count, double eps) {
+  return !finite(m2) || !(m2 / count + eps >= kSmallestVariance<C>);
+}
+
+// The scale to redo an out-of-range statistic with. float32 data are redone in double, which needs none; float64 data
+// are brought near 1 by a power of two.
+template <class C>
+LANENORM_INLINE double redo_scale(double) {
+  return 1.0;
+}
+template <>
+LANENORM_INLINE double redo_scale<double>(double m2) {
+  return finite(m2) ? 0x1p+600 : 0x1p-600;
+}
+
+// mean, rstd = 1/sqrt(var + eps) with var = m2 / count, in double and rounded once.
+template <class C>
+LANENORM_INLINE Statistic<C> finish(const Moments<double>& m, double count, double eps) {
+  const double rstd = 1.0 / __builtin_sqrt(m.m2 / count + eps);
+  const Pair<double> mean = two_sum(m.pivot, (m.sum + m.low) / count);
+  Statistic<C> s;
+  s.exact_mean = mean.high;
+  s.variance = m.m2 / count;
+  s.mean = s.normalizer.mean = static_cast<C>(mean.high);
+  s.rstd = s.normalizer.rstd = static_cast<C>(rstd);
+  s.normalizer.shift = static_cast<C>(-((mean.high - static_cast<double>(s.mean)) + mean.low) * rstd);
+  s.normalizer.scale = C(1);
+  return s;
+}
+
+// As finish(), for moments of scale * x (out of range otherwise). The constants get a scale of their own so that
+// x - mean and rstd stay inside C for any finite x.
+template <class C>
+LANENORM_INLINE Statistic<C> finish_scaled(const Moments<double>& m, double count, double eps, double scale) {
+  constexpr double kBig = sizeof(C) == 4 ? 0x1p+64 : 0x1p+600;
+  constexpr double kLargest = sizeof(C) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
+  // var + eps in units of scale^2. rstd_scaled = rstd / scale; scale^2 over- or underflows only where eps is nothing
+  // beside the variance, or everything.
+  const double variance = m.m2 / count + (eps > 0.0 ? eps * scale * scale : 0.0);
+  const double rstd_scaled = 1.0 / __builtin_sqrt(variance);
+  const Pair<double> mean = two_sum(m.pivot, (m.sum + m.low) / count);
+  Statistic<C> s;
+  s.exact_mean = mean.high / scale;
+  s.variance = m.m2 / count / scale / scale;
+  s.mean = static_cast<C>(mean.high / scale);
+  s.rstd = static_cast<C>(rstd_scaled * scale);
+  const double rstd = rstd_scaled * scale;
+  double apply = scale;
+  if (sizeof(C) == 4) apply = rstd > 0x1p+100 ? kBig : rstd < 0x1p-100 ? 1.0 / kBig : 1.0;
+  const double ratio = apply / scale;
+  const double mean_high = mean.high * ratio;
+  double rstd_apply = rstd_scaled / ratio;
+  if (variance > 0.0 && rstd_apply > kLargest) rstd_apply = kLargest;  // constant slice, tiny eps: 0 * rstd is 0
+  s.normalizer.mean = static_cast<C>(mean_high);
+  s.normalizer.rstd = static_cast<C>(rstd_apply);
+  s.normalizer.shift =
+      static_cast<C>(-((mean_high - static_cast<double>(s.normalizer.mean)) + mean.low * ratio) * rstd_apply);
+  s.normalizer.scale = static_cast<C>(apply);
+  return s;
+}
+
+// Sums of a backward over one statistic: g = dy * weight, t = (x - mean) * rstd with the saved, rounded mean.
+struct GradientSums {
+  double g, gt, t;
+};
+
+// Constants of a backward. The saved mean lost its low part; sum(t) / n is that part times rstd, so
+//   xhat = t - low,  mean(g * xhat) = (sum(g t) - low * sum(g)) / n.
+template <class C>
+struct GradientConstants {
+  C mean, rstd;
+  C shift;  // -low
+  C minus_mean_g, minus_mean_gx;
+  C factor;  // rstd, or rstd * weight where weight belongs to the statistic
+};
+
+template <class C>
+LANENORM_INLINE GradientConstants<C> finish_gradient(const GradientSums& sums, double count, C mean, C rstd, double weight,
+                                                     bool training, double* dweight) {
+  GradientConstants<C> c;
+  const double low = training ? sums.t / count : 0.0;
+  const double gx = sums.gt - low * sums.g;
+  c.mean = mean;
+  c.rstd = rstd;
+  c.shift = static_cast<C>(-low);
+  c.minus_mean_g = static_cast<C>(training ? -sums.g / count : 0.0);
+  c.minus_mean_gx = static_cast<C>(training ? -gx / count : 0.0);
+  c.factor = static_cast<C>(static_cast<double>(rstd) * weight);
+  *dweight = gx;
+  return c;
+}
+
+}  // namespace LANENORM_ISA
+}  // namespace lanenorm
