@@ -1,0 +1,539 @@
+// Columns: pieces of work for the kernels of column_norm.hpp.
+//
+// A matrix is cut into tiles of columns and segments of kPieceRows rows. Where a matrix is one segment, or a tile with
+// all its rows fits a cache, a piece is a tile: moments, constants and apply in a row, 2s. Else moments of all
+// segments first, then apply over whole lines, 3s. Same bits either way: a tile changes no order of operations, and
+// segments are merged in index order.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "cpu/driver.hpp"
+
+namespace lanenorm {
+namespace {
+
+// Elements of a tile: 512 KB of float32, half an L2 cache; and its columns: 6 arrays of constants of 1024 float32 are
+// 24 KB of the 32 KB of L1.
+constexpr std::int64_t kTileElements = 131072;
+constexpr std::int64_t kTileColumns = 1024;
+// A tile with all its rows up to this size is swept again while the last-level cache still holds it.
+constexpr std::int64_t kSlabBytes = 4 << 20;
+
+template <class C>
+class ColumnDriver {
+ public:
+  explicit ColumnDriver(const Problem& p)
+      : p_(p), plan_(p.plan), rows_(p.plan.lines_per_statistic), columns_(p.plan.inner), fold_(p.plan.fold) {
+    // Whole statistics and whole vectors, so that tiles start on cache lines where lines do: misaligned tiles of 7x7
+    // planes took twice the time.
+    const std::int64_t target = larger(128, smaller(kTileColumns, kTileElements / smaller(rows_, kPieceRows)));
+    const std::int64_t unit = std::lcm(fold_, std::int64_t{16});
+    tile_ = smaller(columns_, larger(1, target / unit) * unit);
+    tiles_ = ceil_div(columns_, tile_);
+    segments_ = ceil_div(rows_, kPieceRows);
+  }
+
+  void forward() const {
+    if (by_tile()) {
+      parallel_for(plan_.outer * tiles_, p_.bytes(2), [&](std::int64_t piece) {
+        const Tile t = tile(piece);
+        Constants constants(t.columns, Slot::constants);
+        double* moments = segment_buffer(4 * padded(t.columns));
+        for (std::int64_t s = 0; s < segments_; ++s) tile_moments(t, s, moments + s * 4 * padded(t.columns));
+        finish_tile(t, moments, 4 * padded(t.columns), &constants);
+        for (std::int64_t s = 0; s < segments_; ++s) apply(t, s, constants);
+      });
+    } else {
+      forward_in_phases();
+    }
+  }
+
+  void inference() const {
+    parallel_for(plan_.outer * tiles_ * segments_, p_.bytes(2), [&](std::int64_t piece) {
+      const Tile t = tile(piece / segments_);
+      Constants constants(t.columns, Slot::constants);
+      const C* mean = static_cast<const C*>(p_.mean) + t.statistic;
+      const C* rstd = static_cast<const C*>(p_.rstd) + t.statistic;
+      expand(mean, t.columns, constants.mean);
+      expand(rstd, t.columns, constants.rstd);
+      std::fill_n(constants.shift, t.columns, -C(0));
+      expand_affine(t, &constants);
+      apply(t, piece % segments_, constants);
+    });
+  }
+
+  void backward() const {
+    const bool parameters = plan_.affine == Affine::per_element && p_.dweight != nullptr;
+    if (parameters) {
+      backward_with_rows();
+    } else if (by_tile()) {
+      parallel_for(plan_.outer * tiles_, p_.bytes(3), [&](std::int64_t piece) {
+        const Tile t = tile(piece);
+        Gradients g(t.columns);
+        tile_gradients(t, &g);
+        for (std::int64_t s = 0; s < segments_; ++s) gradient(t, s, g, nullptr, nullptr);
+      });
+    } else {
+      backward_in_phases();
+    }
+  }
+
+ private:
+  // ---- pieces
+
+  struct Tile {
+    std::int64_t matrix, first, columns;  // columns [first, first + columns) of a matrix
+    std::int64_t statistic;               // index of the first one
+    std::int64_t statistics;
+  };
+
+  Tile tile(std::int64_t piece) const {
+    Tile t;
+    t.matrix = piece / tiles_;
+    t.first = piece % tiles_ * tile_;
+    t.columns = smaller(tile_, columns_ - t.first);
+    t.statistic = t.matrix * (columns_ / fold_) + t.first / fold_;
+    t.statistics = t.columns / fold_;
+    return t;
+  }
+
+  bool by_tile() const {
+    return segments_ == 1 || (plan_.outer * tiles_ >= 2 * get_num_threads() &&
+                              rows_ * tile_ * size(p_.args.dtype) <= kSlabBytes);
+  }
+
+  std::int64_t segment_rows(std::int64_t s) const { return smaller(kPieceRows, rows_ - s * kPieceRows); }
+
+  double* segment_buffer(std::int64_t per_segment) const {
+    Buffer& buffer = thread_buffer(Slot::columns);
+    buffer.reserve((segments_ + 1) * per_segment * 8);
+    return buffer.as<double>();
+  }
+
+  InputLines x_lines() const { return {plan_.x, p_.args.x, p_.args.dtype, Slot::x_table, Slot::x_lines}; }
+  InputLines dy_lines() const { return {plan_.dy, p_.args.dy, p_.args.dtype, Slot::dy_table, Slot::dy_lines}; }
+  OutputLines y_lines() const { return {plan_.y, p_.args.y, p_.args.dtype}; }
+
+  std::int64_t line(const Tile& t, std::int64_t s) const { return t.matrix * rows_ + s * kPieceRows; }
+
+  // ---- constants
+
+  // Arrays of C per column in a thread's buffer: the arguments of column_apply.
+  struct Constants {
+    Constants(std::int64_t columns, Slot slot) {
+      Buffer& buffer = thread_buffer(slot);
+      const std::int64_t pitch = padded(columns);
+      buffer.reserve(7 * pitch * static_cast<std::int64_t>(sizeof(C)));
+      mean = buffer.template as<C>();
+      rstd = mean + pitch;
+      shift = rstd + pitch;
+      scale_buffer = shift + pitch;
+      weight_buffer = scale_buffer + pitch;
+      bias_buffer = weight_buffer + pitch;
+    }
+    C *mean, *rstd, *shift;
+    C *scale_buffer, *weight_buffer, *bias_buffer;
+    const C* scale = nullptr;  // all 1
+    const C* weight = nullptr;
+    const C* bias = nullptr;
+  };
+
+  // values[statistics] -> out[columns]
+  void expand(const C* values, std::int64_t columns, C* out) const {
+    if (fold_ == 1) {
+      std::memcpy(out, values, static_cast<std::size_t>(columns) * sizeof(C));
+      return;
+    }
+    for (std::int64_t s = 0; s < columns / fold_; ++s) std::fill_n(out + s * fold_, fold_, values[s]);
+  }
+
+  // In place, from the front of the array; the last statistic first.
+  void spread(std::int64_t columns, C* values) const {
+    if (fold_ == 1) return;
+    for (std::int64_t s = columns / fold_ - 1; s >= 0; --s) {
+      const C value = values[s];
+      std::fill_n(values + s * fold_, fold_, value);
+    }
+  }
+
+  // weight and bias per column (BN); 1 and -0 where there are none.
+  void expand_affine(const Tile& t, Constants* c) const {
+    if (plan_.affine == Affine::per_element) return;
+    const auto one = [&](const void* parameters, C none, C* buffer) -> const C* {
+      if (parameters == nullptr) {
+        std::fill_n(buffer, t.columns, none);
+        return buffer;
+      }
+      const C* values = static_cast<const C*>(parameters) + t.statistic;
+      if (fold_ == 1) return values;
+      expand(values, t.columns, buffer);
+      return buffer;
+    };
+    c->weight = one(p_.weight, C(1), c->weight_buffer);
+    c->bias = one(p_.bias, -C(0), c->bias_buffer);
+  }
+
+  // weight or bias of the rows of a segment (LN), or `none`.
+  const C* of_rows(const void* parameters, C none, std::int64_t s) const {
+    if (parameters != nullptr) return static_cast<const C*>(parameters) + s * kPieceRows;
+    Buffer& buffer = thread_buffer(none == C(1) ? Slot::ones : Slot::zeros);
+    buffer.reserve(kPieceRows * static_cast<std::int64_t>(sizeof(C)));
+    std::fill_n(buffer.as<C>(), segment_rows(s), none);
+    return buffer.as<C>();
+  }
+
+  // ---- moments
+
+  void tile_moments(const Tile& t, std::int64_t s, double* moments, bool wide = false, double scale = 1.0) const {
+    InputLines x = x_lines();
+    Buffer& scratch = thread_buffer(Slot::sums);
+    scratch.reserve(3 * padded(t.columns) * 8);
+    ColumnMoments a;
+    a.rows = segment_rows(s);
+    a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
+    a.columns = t.columns;
+    a.scale = scale;
+    a.moments = moments;
+    a.scratch = scratch.data();
+    wide ? p_.kernels.column_moments_wide(a) : p_.kernels.column_moments(a);
+  }
+
+  // Merges the segments' moments of a tile into the first, neighbours first, as a binary tree over their index.
+  void merge_segments(double* moments, std::int64_t stride, std::int64_t columns) const {
+    for (std::int64_t step = 1; step < segments_; step *= 2) {
+      for (std::int64_t s = 0; s + step < segments_; s += 2 * step) {
+        const auto rows_of = [&](std::int64_t first) {
+          return static_cast<double>(smaller(step * kPieceRows, rows_ - first * kPieceRows));
+        };
+        p_.kernels.column_merge(
+            {moments + s * stride, moments + (s + step) * stride, columns, rows_of(s), rows_of(s + step)});
+      }
+    }
+  }
+
+  // moments: one block of 4 arrays per segment, `stride` doubles apart. Fills the constants, mean and rstd of a tile.
+  void finish_tile(const Tile& t, double* moments, std::int64_t stride, Constants* c) const {
+    double* folded = join(t, moments, stride);
+    const double count = static_cast<double>(plan_.reduced);
+    p_.kernels.column_finish({folded, t.statistics, count, p_.args.eps, c->mean, c->rstd, c->shift});
+    C* mean = static_cast<C*>(p_.mean) + t.statistic;
+    C* rstd = static_cast<C*>(p_.rstd) + t.statistic;
+    std::memcpy(mean, c->mean, static_cast<std::size_t>(t.statistics) * sizeof(C));
+    std::memcpy(rstd, c->rstd, static_cast<std::size_t>(t.statistics) * sizeof(C));
+    const double* m2 = folded + 3 * padded(t.statistics);
+    if (p_.variance != nullptr) keep_exact(t, folded);
+    for (const bool finite_m2 : {true, false}) {  // float64: one scale for the tiny, one for the huge
+      bool any = false;
+      for (std::int64_t s = 0; s < t.statistics; ++s) {
+        any = any || (out_of_range<C>(m2[s], count, p_.args.eps) && finite(m2[s]) == finite_m2);
+      }
+      if (any) redo(t, m2, finite_m2, c, mean, rstd);
+    }
+    spread(t.columns, c->mean);
+    spread(t.columns, c->rstd);
+    spread(t.columns, c->shift);
+    if (c->scale != nullptr) spread(t.columns, c->scale_buffer);
+    expand_affine(t, c);
+  }
+
+  // Mean and variance before rounding.
+  void keep_exact(const Tile& t, const double* folded) const {
+    const double count = static_cast<double>(plan_.reduced);
+    const std::int64_t pitch = padded(t.statistics);
+    for (std::int64_t s = 0; s < t.statistics; ++s) {
+      p_.exact_mean[t.statistic + s] = folded[s] + (folded[pitch + s] + folded[2 * pitch + s]) / count;
+      p_.variance[t.statistic + s] = folded[3 * pitch + s] / count;
+    }
+  }
+
+  // Segments merged and columns folded: moments of the statistics of a tile.
+  double* join(const Tile& t, double* moments, std::int64_t stride) const {
+    merge_segments(moments, stride, t.columns);
+    if (fold_ == 1) return moments;
+    Buffer& buffer = thread_buffer(Slot::folded);
+    buffer.reserve(4 * padded(t.statistics) * 8);
+    p_.kernels.column_fold({moments, t.columns, fold_, static_cast<double>(rows_), buffer.as<double>()});
+    return buffer.as<double>();
+  }
+
+  // Statistics out of range, from x in double. The whole tile is swept, only those are replaced.
+  void redo(const Tile& t, const double* m2, bool finite_m2, Constants* c, C* mean, C* rstd) const {
+    const std::int64_t stride = 4 * padded(t.columns);
+    const double count = static_cast<double>(plan_.reduced);
+    Buffer kept(t.statistics * 8), wide((segments_ + 1) * stride * 8);
+    double* old_m2 = kept.as<double>();
+    std::memcpy(old_m2, m2, static_cast<std::size_t>(t.statistics) * 8);
+    const double scale = redo_scale<C>(finite_m2 ? 0.0 : __builtin_inf());
+    for (std::int64_t s = 0; s < segments_; ++s) tile_moments(t, s, wide.as<double>() + s * stride, true, scale);
+    const double* folded = join(t, wide.as<double>(), stride);
+    const std::int64_t pitch = padded(t.statistics);
+    if (c->scale == nullptr) {
+      std::fill_n(c->scale_buffer, padded(t.columns), C(1));
+      c->scale = c->scale_buffer;
+    }
+    for (std::int64_t s = 0; s < t.statistics; ++s) {
+      if (!out_of_range<C>(old_m2[s], count, p_.args.eps) || finite(old_m2[s]) != finite_m2) continue;
+      const Moments<double> m{folded[s], folded[pitch + s], folded[2 * pitch + s], folded[3 * pitch + s]};
+      const Statistic<C> result = finish_scaled<C>(m, count, p_.args.eps, scale);
+      mean[s] = result.mean;
+      rstd[s] = result.rstd;
+      if (p_.variance != nullptr) {
+        p_.exact_mean[t.statistic + s] = result.exact_mean;
+        p_.variance[t.statistic + s] = result.variance;
+      }
+      c->mean[s] = result.normalizer.mean;
+      c->rstd[s] = result.normalizer.rstd;
+      c->shift[s] = result.normalizer.shift;
+      c->scale_buffer[s] = result.normalizer.scale;
+    }
+    std::memcpy(const_cast<double*>(m2), old_m2, static_cast<std::size_t>(t.statistics) * 8);
+  }
+
+  // ---- forward
+
+  void apply(const Tile& t, std::int64_t s, const Constants& c) const {
+    InputLines x = x_lines();
+    OutputLines y = y_lines();
+    ColumnApply a;
+    a.rows = segment_rows(s);
+    a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
+    a.y = y.get(line(t, s), 1, a.rows, t.first, t.columns);
+    a.columns = t.columns;
+    a.mean = c.mean;
+    a.rstd = c.rstd;
+    a.shift = c.shift;
+    a.scale = c.scale;
+    a.per_row = plan_.affine == Affine::per_element;
+    a.weight = a.per_row ? of_rows(p_.weight, C(1), s) : c.weight;
+    a.bias = a.per_row ? of_rows(p_.bias, -C(0), s) : c.bias;
+    p_.kernels.column_apply(a);
+    y.finish();
+  }
+
+  void forward_in_phases() const {
+    const std::int64_t tiles = plan_.outer * tiles_, stride = 4 * padded(tile_);
+    Buffer buffer(tiles * segments_ * stride * 8);
+    double* moments = buffer.as<double>();
+    parallel_for(tiles * segments_, p_.bytes(1), [&](std::int64_t piece) {
+      const Tile t = tile(piece / segments_);
+      tile_moments(t, piece % segments_, moments + piece * stride);
+    });
+    // Constants of all tiles stay until apply.
+    const std::int64_t pitch = padded(tile_);
+    Buffer kept(tiles * 6 * pitch * static_cast<std::int64_t>(sizeof(C)));
+    Buffer scaled(tiles);
+    parallel_for(tiles, tiles * segments_ * stride * 8, [&](std::int64_t piece) {
+      const Tile t = tile(piece);
+      Constants c(t.columns, Slot::constants);
+      finish_tile(t, moments + piece * segments_ * stride, stride, &c);
+      C* to = kept.as<C>() + piece * 6 * pitch;
+      const C* from[6] = {c.mean, c.rstd, c.shift, c.scale, c.weight, c.bias};
+      for (int i = 0; i < 6; ++i) {
+        if (from[i] != nullptr) std::memcpy(to + i * pitch, from[i], static_cast<std::size_t>(t.columns) * sizeof(C));
+      }
+      scaled.data()[piece] = c.scale != nullptr;
+    });
+    parallel_for(tiles * segments_, p_.bytes(2), [&](std::int64_t piece) {
+      const std::int64_t index = piece / segments_;
+      Constants c(1, Slot::constants);
+      C* from = kept.as<C>() + index * 6 * pitch;
+      c.mean = from;
+      c.rstd = from + pitch;
+      c.shift = from + 2 * pitch;
+      c.scale = scaled.data()[index] ? from + 3 * pitch : nullptr;
+      c.weight = from + 4 * pitch;
+      c.bias = from + 5 * pitch;
+      apply(tile(index), piece % segments_, c);
+    });
+  }
+
+  // ---- backward
+
+  // Arrays of C per column: the arguments of column_sums and column_gradient.
+  struct Gradients {
+    explicit Gradients(std::int64_t columns) {
+      Buffer& buffer = thread_buffer(Slot::constants);
+      const std::int64_t pitch = padded(columns);
+      buffer.reserve(6 * pitch * static_cast<std::int64_t>(sizeof(C)));
+      bind(buffer.template as<C>(), pitch);
+    }
+    void bind(C* base, std::int64_t pitch) {
+      mean = base;
+      rstd = base + pitch;
+      shift = base + 2 * pitch;
+      minus_mean_g = base + 3 * pitch;
+      minus_mean_gx = base + 4 * pitch;
+      factor = base + 5 * pitch;
+    }
+    C *mean, *rstd, *shift, *minus_mean_g, *minus_mean_gx, *factor;
+  };
+
+  void expand_statistics(const Tile& t, Gradients* g) const {
+    expand(static_cast<const C*>(p_.mean) + t.statistic, t.columns, g->mean);
+    expand(static_cast<const C*>(p_.rstd) + t.statistic, t.columns, g->rstd);
+  }
+
+  // sums: (3, padded(columns)), zeroed here.
+  void tile_sums(const Tile& t, std::int64_t s, const Gradients& g, double* sums) const {
+    InputLines x = x_lines(), dy = dy_lines();
+    Buffer& scratch = thread_buffer(Slot::sums);
+    const std::int64_t pitch = padded(t.columns);
+    scratch.reserve(3 * pitch * static_cast<std::int64_t>(sizeof(C)));
+    std::memset(sums, 0, static_cast<std::size_t>(3 * pitch) * 8);
+    ColumnSums a;
+    a.rows = segment_rows(s);
+    a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
+    a.dy = dy.get(line(t, s), 1, a.rows, t.first, t.columns);
+    a.columns = t.columns;
+    a.weight = of_rows(plan_.affine == Affine::per_element ? p_.weight : nullptr, C(1), s);
+    a.mean = g.mean;
+    a.rstd = g.rstd;
+    a.sums = sums;
+    a.scratch = scratch.data();
+    p_.kernels.column_sums(a);
+  }
+
+  // sums: one block of 3 arrays per segment, `stride` doubles apart. Fills the constants and, for BN, dweight, dbias.
+  void finish_gradients(const Tile& t, double* sums, std::int64_t stride, Gradients* g) const {
+    const std::int64_t pitch = padded(t.columns);
+    for (std::int64_t s = 1; s < segments_; ++s) add_partials(sums + s * stride, 1, 3 * pitch, sums);
+    const bool per_statistic = plan_.affine == Affine::per_statistic;
+    const C* weight = per_statistic && p_.weight != nullptr ? static_cast<const C*>(p_.weight) + t.statistic : nullptr;
+    for (std::int64_t s = 0; s < t.statistics; ++s) {
+      const std::int64_t first = s * fold_;
+      GradientSums total{0.0, 0.0, 0.0};
+      for (std::int64_t j = first; j < first + fold_; ++j) {
+        total.g += sums[j];
+        total.gt += sums[pitch + j];
+        total.t += sums[2 * pitch + j];
+      }
+      double dweight;
+      const GradientConstants<C> c = finish_gradient<C>(
+          total, static_cast<double>(plan_.reduced), static_cast<const C*>(p_.mean)[t.statistic + s],
+          static_cast<const C*>(p_.rstd)[t.statistic + s], weight == nullptr ? 1.0 : static_cast<double>(weight[s]),
+          p_.args.training, &dweight);
+      if (per_statistic && p_.dweight != nullptr) {
+        p_.dweight[t.statistic + s] = dweight;
+        p_.dbias[t.statistic + s] = total.g;
+      }
+      std::fill_n(g->shift + first, fold_, c.shift);
+      std::fill_n(g->minus_mean_g + first, fold_, c.minus_mean_g);
+      std::fill_n(g->minus_mean_gx + first, fold_, c.minus_mean_gx);
+      std::fill_n(g->factor + first, fold_, c.factor);
+    }
+  }
+
+  // Sums and constants of all segments of a tile.
+  void tile_gradients(const Tile& t, Gradients* g) const {
+    expand_statistics(t, g);
+    const std::int64_t stride = 3 * padded(t.columns);
+    double* sums = segment_buffer(stride);
+    for (std::int64_t s = 0; s < segments_; ++s) tile_sums(t, s, *g, sums + s * stride);
+    finish_gradients(t, sums, stride, g);
+  }
+
+  // dweight, dbias: (rows) running totals of LN parameters, or null.
+  void gradient(const Tile& t, std::int64_t s, const Gradients& g, double* dweight, double* dbias) const {
+    InputLines x = x_lines(), dy = dy_lines();
+    OutputLines dx = y_lines();
+    ColumnGradient a;
+    a.rows = segment_rows(s);
+    a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
+    a.dy = dy.get(line(t, s), 1, a.rows, t.first, t.columns);
+    a.dx = dx.get(line(t, s), 1, a.rows, t.first, t.columns);
+    a.columns = t.columns;
+    a.weight = of_rows(plan_.affine == Affine::per_element ? p_.weight : nullptr, C(1), s);
+    a.mean = g.mean;
+    a.rstd = g.rstd;
+    a.shift = g.shift;
+    a.minus_mean_g = g.minus_mean_g;
+    a.minus_mean_gx = g.minus_mean_gx;
+    a.factor = g.factor;
+    a.dweight = dweight == nullptr ? nullptr : dweight + s * kPieceRows;
+    a.dbias = dbias == nullptr ? nullptr : dbias + s * kPieceRows;
+    p_.kernels.column_gradient(a);
+    dx.finish();
+  }
+
+  void backward_in_phases() const {
+    const std::int64_t tiles = plan_.outer * tiles_, stride = 3 * padded(tile_), pitch = padded(tile_);
+    Buffer sums_buffer(tiles * segments_ * stride * 8);
+    Buffer kept(tiles * 6 * pitch * static_cast<std::int64_t>(sizeof(C)));
+    double* sums = sums_buffer.as<double>();
+    const auto gradients_of = [&](std::int64_t index) {
+      Gradients g(1);
+      g.bind(kept.as<C>() + index * 6 * pitch, pitch);
+      return g;
+    };
+    for (std::int64_t i = 0; i < tiles; ++i) {
+      Gradients g = gradients_of(i);
+      expand_statistics(tile(i), &g);
+    }
+    // A tile's arrays are 3 * padded(its columns) long, at most `stride`.
+    parallel_for(tiles * segments_, p_.bytes(2), [&](std::int64_t piece) {
+      const std::int64_t index = piece / segments_;
+      tile_sums(tile(index), piece % segments_, gradients_of(index), sums + piece * stride);
+    });
+    parallel_for(tiles, tiles * segments_ * stride * 8, [&](std::int64_t index) {
+      Gradients g = gradients_of(index);
+      finish_gradients(tile(index), sums + index * segments_ * stride, stride, &g);
+    });
+    parallel_for(tiles * segments_, p_.bytes(3), [&](std::int64_t piece) {
+      const std::int64_t index = piece / segments_;
+      gradient(tile(index), piece % segments_, gradients_of(index), nullptr, nullptr);
+    });
+  }
+
+  // LN over a leading or middle axis with parameter gradients: sums along the rows of all matrices. A piece is a tile
+  // of a fixed chunk of matrices; its partial sums are added in index order.
+  void backward_with_rows() const {
+    const std::int64_t chunk = ceil_div(plan_.outer, 64);
+    const std::int64_t pieces = ceil_div(plan_.outer, chunk) * tiles_;
+    Buffer buffer(pieces * 2 * rows_ * 8);
+    double* partials = buffer.as<double>();
+    std::memset(partials, 0, static_cast<std::size_t>(pieces * 2 * rows_) * 8);
+    parallel_for(pieces, p_.bytes(segments_ == 1 ? 3 : 5), [&](std::int64_t piece) {
+      double* dweight = partials + piece * 2 * rows_;
+      const std::int64_t first = piece / tiles_ * chunk;
+      for (std::int64_t matrix = first; matrix < smaller(first + chunk, plan_.outer); ++matrix) {
+        const Tile t = tile(matrix * tiles_ + piece % tiles_);
+        Gradients g(t.columns);
+        tile_gradients(t, &g);
+        for (std::int64_t s = 0; s < segments_; ++s) gradient(t, s, g, dweight, dweight + rows_);
+      }
+    });
+    for (std::int64_t piece = 0; piece < pieces; ++piece) {
+      add_partials(partials + piece * 2 * rows_, 1, rows_, p_.dweight);
+      add_partials(partials + piece * 2 * rows_ + rows_, 1, rows_, p_.dbias);
+    }
+  }
+
+  const Problem& p_;
+  const Plan& plan_;
+  std::int64_t rows_, columns_, fold_, tile_, tiles_, segments_;
+};
+
+}  // namespace
+
+template <class C>
+void columns_forward(const Problem& problem) {
+  ColumnDriver<C>(problem).forward();
+}
+template <class C>
+void columns_inference(const Problem& problem) {
+  ColumnDriver<C>(problem).inference();
+}
+template <class C>
+void columns_backward(const Problem& problem) {
+  ColumnDriver<C>(problem).backward();
+}
+
+template void columns_forward<float>(const Problem&);
+template void columns_forward<double>(const Problem&);
+template void columns_inference<float>(const Problem&);
+template void columns_inference<double>(const Problem&);
+template void columns_backward<float>(const Problem&);
+template void columns_backward<double>(const Problem&);
+
+}  // namespace lanenorm

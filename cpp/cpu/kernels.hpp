@@ -1,0 +1,200 @@
+// The table of kernels: what every ISA provides for every dtype, and the arguments of each kernel.
+//
+// T is the storage type of x, y, dy, dx; C its compute type (core/dtype.hpp). Everything else a kernel touches is C or
+// double. Kernels work on *lines*: tables of pointers to adjacent elements (core/plan.hpp). No kernel allocates,
+// checks, starts threads or knows axes; sizes are at least 1.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.hpp"
+
+namespace lanenorm {
+
+// Moments in plain doubles, as they cross from an ISA's code to the driver: (x - pivot) sums to sum + low.
+struct PieceMoments {
+  double pivot, sum, low, m2, count;
+};
+
+// Sums over a piece in a backward: g = dy * weight, t = (x - mean) * rstd.
+struct PieceSums {
+  double g, gt, t;
+};
+
+// ---- rows: a line is a run, or a piece of one --------------------------------------------------------------------
+
+// Statistics and normalization of whole rows, one line each.
+struct RowForward {
+  const void* const* x;  // (rows) lines of `length` T
+  void* const* y;        // (rows) lines of `length` T; y[i] == x[i] is fine
+  std::int64_t rows, length;
+  const void* weight;    // (length) C, or null
+  const void* bias;      // (length) C, or null
+  double eps;
+  void* mean;            // (rows) C
+  void* rstd;            // (rows) C
+};
+
+// Moments of one piece: `runs` lines of `length` elements, together at most kPieceVectors vectors or one run.
+struct RowMoments {
+  const void* const* x;
+  std::int64_t runs, length;
+  double scale;  // x is multiplied by it (redo only)
+};
+
+// Normalization of one piece of one statistic.
+struct RowApply {
+  const void* const* x;
+  void* const* y;
+  std::int64_t runs, length;
+  const void* normalizer;  // Normalizer<C>
+  const void* weight;      // per element: (runs, length) C; per statistic: one C; or null
+  const void* bias;        // likewise
+  bool per_element;
+};
+
+struct RowSums {
+  const void* const* x;
+  const void* const* dy;
+  std::int64_t runs, length;
+  const void* weight;  // (runs, length) C, or null
+  double mean, rstd;
+};
+
+// dx of `rows` lines, each with constants of its own, and optionally the sums over the rows of dy * xhat and dy.
+struct RowGradient {
+  const void* const* x;
+  const void* const* dy;
+  void* const* dx;
+  std::int64_t rows, length;
+  const void* weight;     // (length) C, or null
+  const void* constants;  // (rows) GradientConstants<C>; with `shared`, one for all rows
+  bool shared;
+  double* dweight;        // (length) running totals, or null: no parameter gradients
+  double* dbias;          // (length)
+  void* scratch;          // 2 * padded(length) C: sums of up to 64 rows, zero before the first and after the last
+  std::int64_t done;      // rows of this chunk before these, a multiple of kRowBlock
+  bool last;              // these end the chunk
+};
+
+// Whole rows of a backward: sums and gradients, kRowBlock rows at a time.
+struct RowBackward {
+  const void* const* x;
+  const void* const* dy;
+  void* const* dx;
+  std::int64_t rows, length;
+  const void* weight;  // (length) C, or null
+  const void* mean;    // (rows) C
+  const void* rstd;    // (rows) C
+  double* dweight;     // this and the rest as in RowGradient
+  double* dbias;
+  void* scratch;
+  std::int64_t done;
+  bool last;
+};
+
+// ---- columns: a line is a row of a matrix, or a piece of one -----------------------------------------------------
+
+// Moments of every column of `rows` lines, as four arrays (pivot, sum, low, m2) of padded(columns) doubles.
+struct ColumnMoments {
+  const void* const* x;
+  std::int64_t rows, columns;
+  double scale;     // x is multiplied by it (redo only)
+  double* moments;  // (4, padded(columns))
+  void* scratch;    // 3 * padded(columns) C, or doubles in the wide kernel
+};
+
+// Moments of pieces of count_a and count_b rows joined into `a`; a comes first.
+struct ColumnMerge {
+  double* a;        // (4, padded(columns))
+  const double* b;  // (4, padded(columns))
+  std::int64_t columns;
+  double count_a, count_b;
+};
+
+// Every `fold` adjacent columns of `count` values each joined into one statistic.
+struct ColumnFold {
+  const double* moments;  // (4, padded(columns))
+  std::int64_t columns, fold;
+  double count;
+  double* folded;  // (4, padded(columns / fold))
+};
+
+// mean, rstd and the low part of the mean, as Statistic<C> has them, for statistics in range.
+struct ColumnFinish {
+  const double* moments;  // (4, padded(columns))
+  std::int64_t columns;
+  double count, eps;
+  void *mean, *rstd, *shift;  // (padded(columns)) C
+};
+
+struct ColumnApply {
+  const void* const* x;
+  void* const* y;
+  std::int64_t rows, columns;
+  const void *mean, *rstd, *shift;  // (columns) C
+  const void* scale;                // (columns) C, or null: all 1
+  const void *weight, *bias;        // (columns) C, or with per_row (rows) C; never null (1 and -0 change no bit)
+  bool per_row;
+};
+
+struct ColumnSums {
+  const void* const* x;
+  const void* const* dy;
+  std::int64_t rows, columns;
+  const void* weight;       // (rows) C
+  const void *mean, *rstd;  // (columns) C
+  double* sums;             // (3, padded(columns)): g, g t, t
+  void* scratch;            // 3 * padded(columns) C
+};
+
+struct ColumnGradient {
+  const void* const* x;
+  const void* const* dy;
+  void* const* dx;
+  std::int64_t rows, columns;
+  const void* weight;                                        // (rows) C
+  const void *mean, *rstd, *shift, *minus_mean_g, *minus_mean_gx, *factor;  // (columns) C
+  double *dweight, *dbias;                                   // (rows) running totals over the columns, or null
+};
+
+// ---- the table ---------------------------------------------------------------------------------------------------
+
+struct KernelTable {
+  void (*row_forward)(const RowForward&);
+  PieceMoments (*row_moments)(const RowMoments&);
+  PieceMoments (*row_moments_wide)(const RowMoments&);  // in double, x scaled: for statistics out of range
+  void (*row_apply)(const RowApply&);
+  PieceSums (*row_sums)(const RowSums&);
+  void (*row_gradient)(const RowGradient&);
+  void (*row_backward)(const RowBackward&);
+  void (*column_moments)(const ColumnMoments&);
+  void (*column_moments_wide)(const ColumnMoments&);
+  void (*column_merge)(const ColumnMerge&);
+  void (*column_fold)(const ColumnFold&);
+  void (*column_finish)(const ColumnFinish&);
+  void (*column_apply)(const ColumnApply&);
+  void (*column_sums)(const ColumnSums&);
+  void (*column_gradient)(const ColumnGradient&);
+  void (*widen)(const void* values, std::int64_t count, void* out);   // T -> C
+  void (*narrow)(const void* values, std::int64_t count, void* out);  // C -> T
+};
+
+// Elements of a vector: 16 float or 8 double virtual lanes on every ISA.
+constexpr std::int64_t vector_elements(DType dtype) { return dtype == DType::float64 ? 8 : 16; }
+
+// Vectors in a piece of a row: 64 superblocks of 64 vectors, 65536 float32 elements = 256 KB, a quarter of an L2 cache.
+inline constexpr std::int64_t kPieceVectors = 4096;
+
+// Rows of a matrix in a piece: 16 superblocks of 64 rows; the partial moments of a piece are 1 % of its data.
+inline constexpr std::int64_t kPieceRows = 1024;
+
+// Rows of a backward that are swept together: dweight and dbias are loaded and stored once per 8 rows, and the tree
+// over 8 rows keeps float32 sums of 64 rows within 7 u (3 levels and 8 additions of which each sees half the sum).
+inline constexpr std::int64_t kRowBlock = 8;
+inline constexpr std::int64_t kFlushRows = 64;  // then the float32 sums go to double
+
+// Column arrays are padded to whole vectors, so that kernels may write all lanes.
+constexpr std::int64_t padded(std::int64_t columns) { return (columns + 15) / 16 * 16; }
+
+}  // namespace lanenorm

@@ -1,0 +1,219 @@
+// From Args to a driver and back: small arrays into compute type and Plan order, empty inputs, running statistics.
+#include "cpu/norms.hpp"
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/driver.hpp"
+#include "cpu/float_environment.hpp"
+
+namespace lanenorm {
+namespace {
+
+bool usable_in_place(const Vector& v, DType stored, DType compute) {
+  const auto bytes = static_cast<std::uintptr_t>(size(compute));
+  return stored == compute && adjacent(v.loop, size(stored)) && reinterpret_cast<std::uintptr_t>(v.data) % bytes == 0;
+}
+
+// A small array read in compute type and Plan order: where it lies, or from a copy.
+class InputVector {
+ public:
+  InputVector(const Vector& v, DType stored, DType compute) {
+    if (v.data == nullptr) return;
+    if (usable_in_place(v, stored, compute)) {
+      data_ = v.data;
+      return;
+    }
+    const std::int64_t count = v.loop.count;
+    packed_.reserve(count * size(stored));
+    pack(v.loop, static_cast<const char*>(v.data), 0, count, size(stored), packed_.data());
+    data_ = packed_.data();
+    if (stored == compute) return;
+    widened_.reserve(count * size(compute));
+    kernels(stored).widen(packed_.data(), count, widened_.data());
+    data_ = widened_.data();
+  }
+  const void* data() const { return data_; }
+
+ private:
+  Buffer packed_, widened_;
+  const void* data_ = nullptr;
+};
+
+// A statistic array written by a driver.
+class OutputVector {
+ public:
+  OutputVector(const Vector& v, DType dtype, std::int64_t count) : vector_(v), size_(size(dtype)) {
+    if (v.data != nullptr && usable_in_place(v, dtype, dtype)) {
+      data_ = v.data;
+    } else {
+      buffer_.reserve(count * size_);
+      data_ = buffer_.data();
+    }
+  }
+  void* data() const { return data_; }
+  void finish() const {
+    if (vector_.data == nullptr || vector_.data == data_) return;
+    unpack(vector_.loop, static_cast<char*>(vector_.data), 0, vector_.loop.count, size_, buffer_.data());
+  }
+
+ private:
+  const Vector& vector_;
+  std::int64_t size_;
+  Buffer buffer_;
+  void* data_;
+};
+
+template <class C>
+void round_to(const double* values, std::int64_t count, C* out) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<C>(values[i]);
+}
+
+// Totals in double, rounded to the array's dtype.
+class ParameterGradient {
+ public:
+  ParameterGradient(const Vector& v) : vector_(v) {
+    if (v.data == nullptr) return;
+    totals_.reserve(v.loop.count * 8);
+    std::memset(totals_.data(), 0, static_cast<std::size_t>(v.loop.count) * 8);
+  }
+  double* data() const { return vector_.data == nullptr ? nullptr : totals_.as<double>(); }
+  void finish(DType dtype) const {
+    if (vector_.data == nullptr) return;
+    const std::int64_t count = vector_.loop.count;
+    Buffer rounded(count * size(dtype));
+    if (dtype == DType::float64) {
+      round_to(data(), count, rounded.as<double>());
+    } else if (dtype == DType::float32) {
+      round_to(data(), count, rounded.as<float>());
+    } else {
+      Buffer single(count * 4);
+      round_to(data(), count, single.as<float>());
+      kernels(dtype).narrow(single.data(), count, rounded.data());
+    }
+    unpack(vector_.loop, static_cast<char*>(vector_.data), 0, count, size(dtype), rounded.data());
+  }
+
+ private:
+  const Vector& vector_;
+  Buffer totals_;
+};
+
+// f(C{}) for the compute type of a dtype.
+template <class F>
+void with_compute(DType dtype, F&& f) {
+  if (dtype == DType::float64) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+template <class C>
+void forward(const Problem& p) {
+  if (p.plan.elements == 0) {  // nothing to average: mean 0, variance 0
+    for (std::int64_t s = 0; s < p.plan.statistics; ++s) {
+      static_cast<C*>(p.mean)[s] = C(0);
+      static_cast<C*>(p.rstd)[s] = static_cast<C>(1.0 / std::sqrt(p.args.eps));
+    }
+  } else if (p.plan.work == Work::rows) {
+    rows_forward<C>(p);
+  } else {
+    columns_forward<C>(p);
+  }
+}
+
+// running = (1 - momentum) * running + momentum * batch, the variance unbiased, in double with one rounding.
+template <class C>
+void update_running(const Args& a, const double* mean, const double* variance) {
+  C* running_mean = static_cast<C*>(a.running_mean.data);
+  C* running_var = static_cast<C*>(a.running_var.data);
+  const double n = static_cast<double>(a.plan.reduced), keep = 1.0 - a.momentum;
+  for (std::int64_t c = 0; c < a.plan.statistics; ++c) {
+    const double unbiased = variance[c] * (n / (n - 1.0));
+    running_mean[c] = static_cast<C>(keep * static_cast<double>(running_mean[c]) + a.momentum * mean[c]);
+    running_var[c] = static_cast<C>(keep * static_cast<double>(running_var[c]) + a.momentum * unbiased);
+  }
+}
+
+void norm_forward(const Args& args) {
+  const FloatEnvironment environment;
+  const DType compute = statistics_dtype(args.dtype);
+  const InputVector weight(args.weight, args.parameter_dtype, compute);
+  const InputVector bias(args.bias, args.parameter_dtype, compute);
+  const OutputVector mean(args.mean, compute, args.plan.statistics);
+  const OutputVector rstd(args.rstd, compute, args.plan.statistics);
+  const bool running = args.running_mean.data != nullptr && args.plan.elements > 0;
+  const Buffer exact(running ? 16 * args.plan.statistics : 0);
+  double* exact_mean = running ? exact.as<double>() : nullptr;
+  double* variance = running ? exact_mean + args.plan.statistics : nullptr;
+  const Problem problem{args,        args.plan, kernels(args.dtype), weight.data(), bias.data(), mean.data(),
+                        rstd.data(), exact_mean, variance,           nullptr,       nullptr};
+  with_compute(args.dtype, [&](auto c) {
+    using C = decltype(c);
+    forward<C>(problem);
+    mean.finish();
+    rstd.finish();
+    if (running) update_running<C>(args, exact_mean, variance);
+  });
+}
+
+void norm_backward(const Args& args) {
+  const FloatEnvironment environment;
+  const DType compute = statistics_dtype(args.dtype);
+  const InputVector weight(args.weight, args.parameter_dtype, compute);
+  const InputVector mean(args.mean, compute, compute);
+  const InputVector rstd(args.rstd, compute, compute);
+  const ParameterGradient dweight(args.dweight);
+  const ParameterGradient dbias(args.dbias);
+  const Problem problem{args,
+                        args.plan,
+                        kernels(args.dtype),
+                        weight.data(),
+                        nullptr,
+                        const_cast<void*>(mean.data()),
+                        const_cast<void*>(rstd.data()),
+                        nullptr,
+                        nullptr,
+                        dweight.data(),
+                        dbias.data()};
+  if (args.plan.elements > 0) {
+    with_compute(args.dtype, [&](auto c) {
+      using C = decltype(c);
+      args.plan.work == Work::rows ? rows_backward<C>(problem) : columns_backward<C>(problem);
+    });
+  }
+  dweight.finish(args.parameter_dtype);
+  dbias.finish(args.parameter_dtype);
+}
+
+}  // namespace
+
+void layer_norm_forward(const Args& args) { norm_forward(args); }
+void layer_norm_backward(const Args& args) { norm_backward(args); }
+void batch_norm_forward(const Args& args) { norm_forward(args); }
+void batch_norm_backward(const Args& args) { norm_backward(args); }
+
+void batch_norm_inference(const Args& args) {
+  if (args.plan.elements == 0) return;
+  const FloatEnvironment environment;
+  const DType compute = statistics_dtype(args.dtype);
+  const InputVector weight(args.weight, args.parameter_dtype, compute);
+  const InputVector bias(args.bias, args.parameter_dtype, compute);
+  const InputVector mean(args.running_mean, compute, compute);
+  const InputVector variance(args.running_var, compute, compute);
+  const std::int64_t channels = args.plan.statistics;
+  with_compute(args.dtype, [&](auto c) {
+    using C = decltype(c);
+    const Buffer rstd_buffer(channels * static_cast<std::int64_t>(sizeof(C)));
+    C* rstd = rstd_buffer.as<C>();
+    for (std::int64_t i = 0; i < channels; ++i) {
+      rstd[i] = static_cast<C>(1.0 / std::sqrt(static_cast<double>(static_cast<const C*>(variance.data())[i]) + args.eps));
+    }
+    const Problem problem{args,    args.plan, kernels(args.dtype), weight.data(), bias.data(), const_cast<void*>(mean.data()),
+                          rstd,    nullptr,   nullptr,             nullptr,       nullptr};
+    args.plan.work == Work::rows ? rows_inference<C>(problem) : columns_inference<C>(problem);
+  });
+}
+
+}  // namespace lanenorm

@@ -1,0 +1,451 @@
+// Rows: pieces of work for the kernels of row_norm.hpp.
+//
+//   whole rows   LN with one run of at most kPieceVectors per statistic: a piece is a group of rows, moments and
+//                apply in one kernel call
+//   segments     everything else: a statistic is a list of segments; by statistic where there are enough of them to
+//                keep the threads busy, else segment by segment in two phases. Same bits either way.
+#include <cstring>
+
+#include "cpu/driver.hpp"
+
+namespace lanenorm {
+namespace {
+
+// A part of one statistic that a kernel call covers: whole runs, or a part of one run.
+struct Segment {
+  std::int64_t first_run, runs, first_element, length;
+};
+
+// The cut of a statistic into segments of at most kPieceVectors vectors: a function of shape and dtype.
+class Segments {
+ public:
+  explicit Segments(const Problem& p) : runs_(p.plan.lines_per_statistic), length_(p.plan.inner) {
+    const std::int64_t vectors = ceil_div(length_, vector_elements(p.args.dtype));
+    runs_each_ = larger(1, kPieceVectors / vectors);
+    elements_each_ = vectors > kPieceVectors ? kPieceVectors * vector_elements(p.args.dtype) : length_;
+    per_run_ = ceil_div(length_, elements_each_);
+    count_ = per_run_ > 1 ? runs_ * per_run_ : ceil_div(runs_, runs_each_);
+  }
+  std::int64_t count() const { return count_; }
+  Segment operator[](std::int64_t i) const {
+    if (per_run_ > 1) {
+      const std::int64_t first = i % per_run_ * elements_each_;
+      return {i / per_run_, 1, first, smaller(elements_each_, length_ - first)};
+    }
+    const std::int64_t first = i * runs_each_;
+    return {first, smaller(runs_each_, runs_ - first), 0, length_};
+  }
+  // Position of a segment among the elements of its statistic.
+  std::int64_t element(const Segment& s) const { return s.first_run * length_ + s.first_element; }
+
+ private:
+  std::int64_t runs_, length_, runs_each_, elements_each_, per_run_, count_;
+};
+
+using SegmentTree = MomentsTree<40>;
+
+Moments<double> moments_of(const PieceMoments& m) { return {m.pivot, m.sum, m.low, m.m2}; }
+
+template <class C>
+class RowDriver {
+ public:
+  explicit RowDriver(const Problem& p) : p_(p), plan_(p.plan), segments_(p) {}
+
+  void forward() const {
+    if (plan_.affine == Affine::per_element && segments_.count() == 1 && plan_.lines_per_statistic == 1) {
+      forward_whole_rows();
+    } else if (by_statistic()) {
+      for_statistics(2, [&](std::int64_t s) {
+        SegmentTree tree;
+        for (std::int64_t i = 0; i < segments_.count(); ++i) push(&tree, moments(s, i));
+        const Normalizer<C> normalizer = finish_statistic(s, tree);
+        for (std::int64_t i = 0; i < segments_.count(); ++i) apply(s, i, normalizer);
+      });
+    } else {
+      forward_in_phases();
+    }
+  }
+
+  void inference() const {
+    const C* mean = static_cast<const C*>(p_.mean);
+    const C* rstd = static_cast<const C*>(p_.rstd);
+    const std::int64_t segments = segments_.count();
+    const std::int64_t each = larger(1, kPieceElements / larger(1, plan_.reduced / segments));
+    const std::int64_t units = plan_.statistics * segments;
+    parallel_for(ceil_div(units, each), p_.bytes(2), [&](std::int64_t piece) {
+      for (std::int64_t u = piece * each; u < smaller(units, (piece + 1) * each); ++u) {
+        const std::int64_t s = u / segments;
+        apply(s, u % segments, Normalizer<C>{mean[s], rstd[s], -C(0), C(1)});
+      }
+    });
+  }
+
+  void backward() const {
+    if (plan_.affine == Affine::per_statistic) {
+      backward_per_statistic();
+    } else if (segments_.count() == 1 && plan_.lines_per_statistic == 1 && chunks() >= smaller(8, 2 * get_num_threads())) {
+      backward_whole_rows();
+    } else {
+      backward_in_phases();
+    }
+  }
+
+ private:
+  // ---- pieces
+
+  bool by_statistic() const {
+    // Up to 64 segments (4 M elements) a thread keeps going over a statistic that its cache may still hold.
+    return segments_.count() == 1 || (plan_.statistics >= 2 * get_num_threads() && segments_.count() <= 64);
+  }
+
+  template <class F>
+  void for_statistics(int passes, F&& f) const {
+    const std::int64_t group = larger(1, kPieceElements / plan_.reduced);
+    parallel_for(ceil_div(plan_.statistics, group), p_.bytes(passes), [&](std::int64_t piece) {
+      for (std::int64_t s = piece * group; s < smaller(plan_.statistics, (piece + 1) * group); ++s) f(s);
+    });
+  }
+
+  InputLines x_lines() const { return {plan_.x, p_.args.x, p_.args.dtype, Slot::x_table, Slot::x_lines}; }
+  InputLines dy_lines() const { return {plan_.dy, p_.args.dy, p_.args.dtype, Slot::dy_table, Slot::dy_lines}; }
+  OutputLines y_lines() const { return {plan_.y, p_.args.y, p_.args.dtype}; }
+
+  std::int64_t line(std::int64_t s, const Segment& segment) const {
+    return s * plan_.lines_per_statistic + segment.first_run;
+  }
+
+  // ---- forward
+
+  void forward_whole_rows() const {
+    const std::int64_t rows = ceil_div(larger(8, kPieceElements / plan_.inner), 8) * 8;
+    parallel_for(ceil_div(plan_.outer, rows), p_.bytes(2), [&](std::int64_t piece) {
+      const std::int64_t first = piece * rows, count = smaller(rows, plan_.outer - first);
+      InputLines x = x_lines();
+      OutputLines y = y_lines();
+      // Packed lines in groups of 8, so that the buffer stays small.
+      const std::int64_t step = plan_.x.direct && plan_.y.direct ? count : 8;
+      for (std::int64_t i = 0; i < count; i += step) {
+        const std::int64_t group = smaller(step, count - i), row = first + i;
+        RowForward a;
+        a.x = x.get(row, 1, group, 0, plan_.inner);
+        a.y = y.get(row, 1, group, 0, plan_.inner);
+        a.rows = group;
+        a.length = plan_.inner;
+        a.weight = p_.weight;
+        a.bias = p_.bias;
+        a.eps = p_.args.eps;
+        a.mean = static_cast<C*>(p_.mean) + row;
+        a.rstd = static_cast<C*>(p_.rstd) + row;
+        p_.kernels.row_forward(a);
+        y.finish();
+      }
+    });
+  }
+
+  void forward_in_phases() const {
+    const std::int64_t count = segments_.count();
+    Buffer partials(count * static_cast<std::int64_t>(sizeof(PieceMoments)));
+    PieceMoments* parts = partials.as<PieceMoments>();
+    for (std::int64_t s = 0; s < plan_.statistics; ++s) {
+      const std::int64_t bytes = plan_.reduced * size(p_.args.dtype);
+      parallel_for(count, bytes, [&](std::int64_t i) { parts[i] = moments(s, i); });
+      SegmentTree tree;
+      for (std::int64_t i = 0; i < count; ++i) push(&tree, parts[i]);
+      const Normalizer<C> normalizer = finish_statistic(s, tree);
+      parallel_for(count, 2 * bytes, [&](std::int64_t i) { apply(s, i, normalizer); });
+    }
+  }
+
+  PieceMoments moments(std::int64_t s, std::int64_t i, bool wide = false, double scale = 1.0) const {
+    const Segment segment = segments_[i];
+    InputLines x = x_lines();
+    const RowMoments a{x.get(line(s, segment), 1, segment.runs, segment.first_element, segment.length), segment.runs,
+                       segment.length, scale};
+    return wide ? p_.kernels.row_moments_wide(a) : p_.kernels.row_moments(a);
+  }
+
+  static void push(SegmentTree* tree, const PieceMoments& m) { tree->push(moments_of(m), m.count); }
+
+  // mean and rstd of statistic s; redone in double where they left the range of C.
+  Normalizer<C> finish_statistic(std::int64_t s, const SegmentTree& tree) const {
+    double count;
+    const Moments<double> m = tree.total(&count);
+    Statistic<C> result;
+    if (out_of_range<C>(m.m2, count, p_.args.eps)) {
+      const double scale = redo_scale<C>(m.m2);
+      SegmentTree wide;
+      for (std::int64_t i = 0; i < segments_.count(); ++i) push(&wide, moments(s, i, true, scale));
+      result = finish_scaled<C>(wide.total(&count), count, p_.args.eps, scale);
+    } else {
+      result = finish<C>(m, count, p_.args.eps);
+    }
+    static_cast<C*>(p_.mean)[s] = result.mean;
+    static_cast<C*>(p_.rstd)[s] = result.rstd;
+    if (p_.variance != nullptr) {
+      p_.exact_mean[s] = result.exact_mean;
+      p_.variance[s] = result.variance;
+    }
+    return result.normalizer;
+  }
+
+  const C* at(const void* parameters, std::int64_t index) const {
+    return parameters == nullptr ? nullptr : static_cast<const C*>(parameters) + index;
+  }
+
+  void apply(std::int64_t s, std::int64_t i, const Normalizer<C>& normalizer) const {
+    const Segment segment = segments_[i];
+    const bool per_element = plan_.affine == Affine::per_element;
+    const std::int64_t parameter = per_element ? segments_.element(segment) : s;
+    InputLines x = x_lines();
+    OutputLines y = y_lines();
+    RowApply a;
+    a.x = x.get(line(s, segment), 1, segment.runs, segment.first_element, segment.length);
+    a.y = y.get(line(s, segment), 1, segment.runs, segment.first_element, segment.length);
+    a.runs = segment.runs;
+    a.length = segment.length;
+    a.normalizer = &normalizer;
+    a.weight = at(p_.weight, parameter);
+    a.bias = at(p_.bias, parameter);
+    a.per_element = per_element;
+    p_.kernels.row_apply(a);
+    y.finish();
+  }
+
+  // ---- backward, shared
+
+  PieceSums sums(std::int64_t s, std::int64_t i) const {
+    const Segment segment = segments_[i];
+    InputLines x = x_lines(), dy = dy_lines();
+    RowSums a;
+    a.x = x.get(line(s, segment), 1, segment.runs, segment.first_element, segment.length);
+    a.dy = dy.get(line(s, segment), 1, segment.runs, segment.first_element, segment.length);
+    a.runs = segment.runs;
+    a.length = segment.length;
+    a.weight = plan_.affine == Affine::per_element ? at(p_.weight, segments_.element(segment)) : nullptr;
+    a.mean = static_cast<double>(static_cast<const C*>(p_.mean)[s]);
+    a.rstd = static_cast<double>(static_cast<const C*>(p_.rstd)[s]);
+    return p_.kernels.row_sums(a);
+  }
+
+  static void add(GradientSums* total, const PieceSums& part) {
+    total->g += part.g;
+    total->gt += part.gt;
+    total->t += part.t;
+  }
+
+  // Constants of statistic s; for BN also its dweight and dbias.
+  GradientConstants<C> finish_sums(std::int64_t s, const GradientSums& total) const {
+    const C* weight = plan_.affine == Affine::per_statistic ? at(p_.weight, s) : nullptr;
+    double dweight;
+    const GradientConstants<C> constants = finish_gradient<C>(
+        total, static_cast<double>(plan_.reduced), static_cast<const C*>(p_.mean)[s], static_cast<const C*>(p_.rstd)[s],
+        weight == nullptr ? 1.0 : static_cast<double>(*weight), p_.args.training, &dweight);
+    if (plan_.affine == Affine::per_statistic && p_.dweight != nullptr) {
+      p_.dweight[s] = dweight;
+      p_.dbias[s] = total.g;
+    }
+    return constants;
+  }
+
+  // ---- backward, BN
+
+  void backward_per_statistic() const {
+    const bool need_sums = p_.args.training || p_.dweight != nullptr;
+    if (by_statistic()) {
+      for_statistics(need_sums ? 5 : 3, [&](std::int64_t s) {
+        GradientSums total{0.0, 0.0, 0.0};
+        for (std::int64_t i = 0; need_sums && i < segments_.count(); ++i) add(&total, sums(s, i));
+        const GradientConstants<C> constants = finish_sums(s, total);
+        for (std::int64_t i = 0; i < segments_.count(); ++i) gradient(s, i, constants);
+      });
+      return;
+    }
+    const std::int64_t count = segments_.count(), bytes = plan_.reduced * size(p_.args.dtype);
+    Buffer partials(count * static_cast<std::int64_t>(sizeof(PieceSums)));
+    PieceSums* parts = partials.as<PieceSums>();
+    for (std::int64_t s = 0; s < plan_.statistics; ++s) {
+      GradientSums total{0.0, 0.0, 0.0};
+      if (need_sums) {
+        parallel_for(count, 2 * bytes, [&](std::int64_t i) { parts[i] = sums(s, i); });
+        for (std::int64_t i = 0; i < count; ++i) add(&total, parts[i]);
+      }
+      const GradientConstants<C> constants = finish_sums(s, total);
+      parallel_for(count, 3 * bytes, [&](std::int64_t i) { gradient(s, i, constants); });
+    }
+  }
+
+  void gradient(std::int64_t s, std::int64_t i, const GradientConstants<C>& constants) const {
+    const Segment segment = segments_[i];
+    InputLines x = x_lines(), dy = dy_lines();
+    OutputLines dx = y_lines();
+    RowGradient a{};
+    a.x = x.get(line(s, segment), 1, segment.runs, segment.first_element, segment.length);
+    a.dy = dy.get(line(s, segment), 1, segment.runs, segment.first_element, segment.length);
+    a.dx = dx.get(line(s, segment), 1, segment.runs, segment.first_element, segment.length);
+    a.rows = segment.runs;
+    a.length = segment.length;
+    a.constants = &constants;
+    a.shared = true;
+    p_.kernels.row_gradient(a);
+    dx.finish();
+  }
+
+  // ---- backward, LN
+
+  // dweight and dbias are summed over fixed chunks of rows, then over chunks in index order. 128 rows make 8 chunks;
+  // from 512 rows a chunk on, the partial sums (16 bytes a column) are below 1 % of x.
+  std::int64_t chunk_rows() const {
+    return larger(16, smaller(512, ceil_div(ceil_div(plan_.outer, 32), 16) * 16));
+  }
+  std::int64_t chunks() const { return ceil_div(plan_.outer, chunk_rows()); }
+
+  // f(chunk, dweight, dbias) in parallel pieces of `per_chunk`; partial sums are added to the totals.
+  template <class F>
+  void with_partials(std::int64_t per_chunk, std::int64_t bytes, F&& f) const {
+    const std::int64_t n = plan_.reduced;
+    const bool parameters = p_.dweight != nullptr;
+    const bool direct = chunks() == 1;
+    Buffer buffer(parameters && !direct ? chunks() * 2 * n * 8 : 64);
+    double* partials = buffer.as<double>();
+    parallel_for(chunks() * per_chunk, bytes, [&](std::int64_t piece) {
+      const std::int64_t chunk = piece / per_chunk;
+      double* dweight = !parameters ? nullptr : direct ? p_.dweight : partials + chunk * n;
+      double* dbias = !parameters ? nullptr : direct ? p_.dbias : partials + (chunks() + chunk) * n;
+      f(chunk, piece % per_chunk, dweight, dbias);
+    });
+    if (!parameters || direct) return;
+    const std::int64_t tile = 1024;
+    parallel_for(ceil_div(n, tile), chunks() * 2 * n * 8, [&](std::int64_t piece) {
+      const std::int64_t first = piece * tile, count = smaller(tile, n - first);
+      for (std::int64_t chunk = 0; chunk < chunks(); ++chunk) {
+        const double* dweight = partials + chunk * n;
+        const double* dbias = partials + (chunks() + chunk) * n;
+        for (std::int64_t i = first; i < first + count; ++i) {
+          p_.dweight[i] += dweight[i];
+          p_.dbias[i] += dbias[i];
+        }
+      }
+    });
+  }
+
+  // Zeroed sums of up to 64 rows for `columns` columns.
+  static void* zero_scratch(std::int64_t columns) {
+    Buffer& scratch = thread_buffer(Slot::sums);
+    const std::int64_t bytes = 2 * padded(columns) * static_cast<std::int64_t>(sizeof(C));
+    scratch.reserve(bytes);
+    std::memset(scratch.data(), 0, static_cast<std::size_t>(bytes));
+    return scratch.data();
+  }
+
+  static void zero(double* values, std::int64_t count) {
+    if (values != nullptr) std::memset(values, 0, static_cast<std::size_t>(count) * sizeof(double));
+  }
+
+  void backward_whole_rows() const {
+    with_partials(1, p_.bytes(3), [&](std::int64_t chunk, std::int64_t, double* dweight, double* dbias) {
+      const std::int64_t first = chunk * chunk_rows(), rows = smaller(chunk_rows(), plan_.outer - first);
+      InputLines x = x_lines(), dy = dy_lines();
+      OutputLines dx = y_lines();
+      zero(dweight, plan_.reduced);
+      zero(dbias, plan_.reduced);
+      const bool direct = plan_.x.direct && plan_.dy.direct && plan_.y.direct;
+      const std::int64_t step = direct ? rows : kRowBlock;
+      RowBackward a{};
+      a.length = plan_.inner;
+      a.weight = p_.weight;
+      a.dweight = dweight;
+      a.dbias = dbias;
+      a.scratch = zero_scratch(plan_.inner);
+      for (std::int64_t i = 0; i < rows; i += step) {
+        a.rows = smaller(step, rows - i);
+        a.x = x.get(first + i, 1, a.rows, 0, plan_.inner);
+        a.dy = dy.get(first + i, 1, a.rows, 0, plan_.inner);
+        a.dx = dx.get(first + i, 1, a.rows, 0, plan_.inner);
+        a.mean = at(p_.mean, first + i);
+        a.rstd = at(p_.rstd, first + i);
+        a.done = i;
+        a.last = i + a.rows == rows;
+        p_.kernels.row_backward(a);
+        dx.finish();
+      }
+    });
+  }
+
+  // Long or interrupted rows: sums of every segment, then gradients by chunk of rows and tile of columns.
+  void backward_in_phases() const {
+    const std::int64_t segments = segments_.count(), units = plan_.statistics * segments;
+    Buffer partials(units * static_cast<std::int64_t>(sizeof(PieceSums)));
+    PieceSums* parts = partials.as<PieceSums>();
+    const std::int64_t each = larger(1, kPieceElements / larger(1, plan_.reduced / segments));
+    parallel_for(ceil_div(units, each), p_.bytes(2), [&](std::int64_t piece) {
+      for (std::int64_t u = piece * each; u < smaller(units, (piece + 1) * each); ++u) {
+        parts[u] = sums(u / segments, u % segments);
+      }
+    });
+    Buffer constants_buffer(plan_.statistics * static_cast<std::int64_t>(sizeof(GradientConstants<C>)));
+    GradientConstants<C>* constants = constants_buffer.as<GradientConstants<C>>();
+    for (std::int64_t s = 0; s < plan_.statistics; ++s) {
+      GradientSums total{0.0, 0.0, 0.0};
+      for (std::int64_t i = 0; i < segments; ++i) add(&total, parts[s * segments + i]);
+      constants[s] = finish_sums(s, total);
+    }
+
+    const std::int64_t tile = smaller(plan_.inner, 8192);  // x, dy, dx of 8 rows of a tile: 768 KB
+    const std::int64_t tiles = ceil_div(plan_.inner, tile), runs = plan_.lines_per_statistic;
+    with_partials(runs * tiles, p_.bytes(3), [&](std::int64_t chunk, std::int64_t part, double* dweight, double* dbias) {
+      const std::int64_t run = part / tiles, column = part % tiles * tile;
+      const std::int64_t length = smaller(tile, plan_.inner - column), element = run * plan_.inner + column;
+      const std::int64_t first = chunk * chunk_rows(), rows = smaller(chunk_rows(), plan_.outer - first);
+      InputLines x = x_lines(), dy = dy_lines();
+      OutputLines dx = y_lines();
+      RowGradient a{};
+      a.length = length;
+      a.weight = at(p_.weight, element);
+      a.dweight = dweight == nullptr ? nullptr : dweight + element;
+      a.dbias = dbias == nullptr ? nullptr : dbias + element;
+      zero(a.dweight, length);
+      zero(a.dbias, length);
+      a.scratch = zero_scratch(length);
+      for (std::int64_t i = 0; i < rows; i += kRowBlock) {
+        a.rows = smaller(kRowBlock, rows - i);
+        const std::int64_t line = (first + i) * runs + run;
+        a.x = x.get(line, runs, a.rows, column, length);
+        a.dy = dy.get(line, runs, a.rows, column, length);
+        a.dx = dx.get(line, runs, a.rows, column, length);
+        a.constants = constants + first + i;
+        a.done = i;
+        a.last = i + a.rows == rows;
+        p_.kernels.row_gradient(a);
+        dx.finish();
+      }
+    });
+  }
+
+  const Problem& p_;
+  const Plan& plan_;
+  Segments segments_;
+};
+
+}  // namespace
+
+template <class C>
+void rows_forward(const Problem& problem) {
+  RowDriver<C>(problem).forward();
+}
+template <class C>
+void rows_inference(const Problem& problem) {
+  RowDriver<C>(problem).inference();
+}
+template <class C>
+void rows_backward(const Problem& problem) {
+  RowDriver<C>(problem).backward();
+}
+
+template void rows_forward<float>(const Problem&);
+template void rows_forward<double>(const Problem&);
+template void rows_inference<float>(const Problem&);
+template void rows_inference<double>(const Problem&);
+template void rows_backward<float>(const Problem&);
+template void rows_backward<double>(const Problem&);
+
+}  // namespace lanenorm

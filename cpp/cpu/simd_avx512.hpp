@@ -1,0 +1,194 @@
+// F32x16 and F64x8 in one AVX-512 register each (F, VL, BW, DQ). The contract is stated in simd_portable.hpp.
+#pragma once
+
+// GCC 12 warns about the undefined registers of its own intrinsics (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cstdint>
+
+#include "core/dtype.hpp"
+#include "core/isa.hpp"
+
+namespace lanenorm {
+inline namespace LANENORM_ISA {
+
+// The first `count` lanes.
+LANENORM_INLINE __mmask8 mask8(int count) { return static_cast<__mmask8>((1u << count) - 1u); }
+LANENORM_INLINE __mmask16 mask16(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
+// ---- 16-bit storage: 16 halves in 256 bits -----------------------------------------------------------------------
+
+template <class T>
+LANENORM_INLINE __m512 widen_halves(__m256i halves);
+template <>
+LANENORM_INLINE __m512 widen_halves<Float16>(__m256i halves) {
+  return _mm512_cvtph_ps(halves);
+}
+template <>
+LANENORM_INLINE __m512 widen_halves<BFloat16>(__m256i halves) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+template <class T>
+LANENORM_INLINE __m256i narrow_halves(__m512 v);
+template <>
+LANENORM_INLINE __m256i narrow_halves<Float16>(__m512 v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// In integers: the conversion instruction flushes subnormals.
+template <>
+LANENORM_INLINE __m256i narrow_halves<BFloat16>(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
+  const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+}
+
+// ---- F64x8 -------------------------------------------------------------------------------------------------------
+
+struct F64x8 {
+  using Scalar = double;
+  static constexpr int kLanes = 8;
+  static constexpr int kWide = 1;
+  __m512d v;
+
+  template <class T>
+  LANENORM_INLINE static F64x8 load(const void* p) {
+    if constexpr (sizeof(T) == 8) {
+      return {_mm512_loadu_pd(p)};
+    } else if constexpr (sizeof(T) == 4) {
+      return {_mm512_cvtps_pd(_mm256_loadu_ps(static_cast<const float*>(p)))};
+    } else {
+      return load<T>(p, kLanes);
+    }
+  }
+  template <class T>
+  LANENORM_INLINE static F64x8 load(const void* p, int count) {
+    if constexpr (sizeof(T) == 8) {
+      return {_mm512_maskz_loadu_pd(mask8(count), p)};
+    } else if constexpr (sizeof(T) == 4) {
+      return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask8(count), p))};
+    } else {
+      const __m512 floats = widen_halves<T>(_mm256_zextsi128_si256(_mm_maskz_loadu_epi16(mask8(count), p)));
+      return {_mm512_cvtps_pd(_mm512_castps512_ps256(floats))};
+    }
+  }
+  template <class T>
+  LANENORM_INLINE void store(void* p) const {
+    if constexpr (sizeof(T) == 8) {
+      _mm512_storeu_pd(p, v);
+    } else if constexpr (sizeof(T) == 4) {
+      _mm256_storeu_ps(static_cast<float*>(p), _mm512_cvtpd_ps(v));
+    } else {
+      store<T>(p, kLanes);
+    }
+  }
+  template <class T>
+  LANENORM_INLINE void store(void* p, int count) const {
+    if constexpr (sizeof(T) == 8) {
+      _mm512_mask_storeu_pd(p, mask8(count), v);
+    } else if constexpr (sizeof(T) == 4) {
+      _mm256_mask_storeu_ps(p, mask8(count), _mm512_cvtpd_ps(v));
+    } else {
+      const __m256i halves = narrow_halves<T>(_mm512_zextps256_ps512(_mm512_cvtpd_ps(v)));
+      _mm_mask_storeu_epi16(p, mask8(count), _mm256_castsi256_si128(halves));
+    }
+  }
+  LANENORM_INLINE static F64x8 broadcast(double s) { return {_mm512_set1_pd(s)}; }
+  LANENORM_INLINE static F64x8 zero() { return {_mm512_setzero_pd()}; }
+
+  LANENORM_INLINE friend F64x8 operator+(F64x8 a, F64x8 b) { return {_mm512_add_pd(a.v, b.v)}; }
+  LANENORM_INLINE friend F64x8 operator-(F64x8 a, F64x8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+  LANENORM_INLINE friend F64x8 operator*(F64x8 a, F64x8 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  LANENORM_INLINE friend F64x8 operator/(F64x8 a, F64x8 b) { return {_mm512_div_pd(a.v, b.v)}; }
+  LANENORM_INLINE friend F64x8 fma(F64x8 a, F64x8 b, F64x8 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  LANENORM_INLINE friend F64x8 negate(F64x8 a) { return {_mm512_xor_pd(a.v, _mm512_set1_pd(-0.0))}; }
+  LANENORM_INLINE friend F64x8 abs(F64x8 a) { return {_mm512_abs_pd(a.v)}; }
+  LANENORM_INLINE friend F64x8 sqrt(F64x8 a) { return {_mm512_sqrt_pd(a.v)}; }
+  LANENORM_INLINE friend F64x8 keep(F64x8 a, int count) { return {_mm512_maskz_mov_pd(mask8(count), a.v)}; }
+
+  LANENORM_INLINE double fold() const {
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+  LANENORM_INLINE F64x8 wide(int) const { return *this; }
+  LANENORM_INLINE static F64x8 narrow(const F64x8* parts) { return parts[0]; }
+};
+
+// ---- F32x16 ------------------------------------------------------------------------------------------------------
+
+struct F32x16 {
+  using Scalar = float;
+  static constexpr int kLanes = 16;
+  static constexpr int kWide = 2;
+  __m512 v;
+
+  template <class T>
+  LANENORM_INLINE static F32x16 load(const void* p) {
+    if constexpr (sizeof(T) == 4) {
+      return {_mm512_loadu_ps(p)};
+    } else {
+      return {widen_halves<T>(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+    }
+  }
+  template <class T>
+  LANENORM_INLINE static F32x16 load(const void* p, int count) {
+    if constexpr (sizeof(T) == 4) {
+      return {_mm512_maskz_loadu_ps(mask16(count), p)};
+    } else {
+      return {widen_halves<T>(_mm256_maskz_loadu_epi16(mask16(count), p))};
+    }
+  }
+  template <class T>
+  LANENORM_INLINE void store(void* p) const {
+    if constexpr (sizeof(T) == 4) {
+      _mm512_storeu_ps(p, v);
+    } else {
+      _mm256_storeu_si256(static_cast<__m256i*>(p), narrow_halves<T>(v));
+    }
+  }
+  template <class T>
+  LANENORM_INLINE void store(void* p, int count) const {
+    if constexpr (sizeof(T) == 4) {
+      _mm512_mask_storeu_ps(p, mask16(count), v);
+    } else {
+      _mm256_mask_storeu_epi16(p, mask16(count), narrow_halves<T>(v));
+    }
+  }
+  LANENORM_INLINE static F32x16 broadcast(float s) { return {_mm512_set1_ps(s)}; }
+  LANENORM_INLINE static F32x16 zero() { return {_mm512_setzero_ps()}; }
+
+  LANENORM_INLINE friend F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  LANENORM_INLINE friend F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  LANENORM_INLINE friend F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  LANENORM_INLINE friend F32x16 operator/(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+  LANENORM_INLINE friend F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  LANENORM_INLINE friend F32x16 negate(F32x16 a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+  LANENORM_INLINE friend F32x16 abs(F32x16 a) { return {_mm512_abs_ps(a.v)}; }
+  LANENORM_INLINE friend F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
+  LANENORM_INLINE friend F32x16 keep(F32x16 a, int count) { return {_mm512_maskz_mov_ps(mask16(count), a.v)}; }
+
+  LANENORM_INLINE float fold() const {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  LANENORM_INLINE F64x8 wide(int part) const {
+    return {_mm512_cvtps_pd(part == 0 ? _mm512_castps512_ps256(v) : _mm512_extractf32x8_ps(v, 1))};
+  }
+  LANENORM_INLINE static F32x16 narrow(const F64x8* parts) {
+    const __m512 low = _mm512_castps256_ps512(_mm512_cvtpd_ps(parts[0].v));
+    return {_mm512_insertf32x8(low, _mm512_cvtpd_ps(parts[1].v), 1)};
+  }
+};
+
+}  // namespace LANENORM_ISA
+}  // namespace lanenorm
