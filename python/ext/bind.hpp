@@ -1,0 +1,338 @@
+// The Python face of the operations: one template for every device. Objects become Views, core/check.hpp checks them,
+// outputs are allocated, the GIL is released, the operation runs. No arithmetic, no branch on shape.
+//
+// Device supplies the array class: cast, dtype, view, empty, and the five operations on Args.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/check.hpp"
+#include "core/errors.hpp"
+#include "cpu/parallel.hpp"
+
+namespace py = pybind11;
+
+// ---- dtypes ------------------------------------------------------------------------------------------------------
+
+// bfloat16 is registered with NumPy at run time (by ml_dtypes), under a number that no two processes need share.
+inline bool is_bfloat16(const py::dtype& dtype) {
+  static std::atomic<int> known{-1};
+  const int number = dtype.num();
+  if (number == known.load(std::memory_order_relaxed)) return true;
+  if (number < 256 || dtype.itemsize() != 2) return false;
+  if (py::cast<std::string>(dtype.attr("name")) != "bfloat16") return false;
+  known.store(number, std::memory_order_relaxed);
+  return true;
+}
+
+inline std::optional<lanenorm::DType> dtype_of(const py::dtype& dtype) {
+  const char order = dtype.byteorder();
+  if (order == '>' || order == '!') return std::nullopt;  // this library runs on little-endian machines only
+  switch (dtype.num()) {
+    case 23: return lanenorm::DType::float16;  // NPY_HALF
+    case py::detail::npy_api::NPY_FLOAT_: return lanenorm::DType::float32;
+    case py::detail::npy_api::NPY_DOUBLE_: return lanenorm::DType::float64;
+    default: break;
+  }
+  if (is_bfloat16(dtype)) return lanenorm::DType::bfloat16;
+  return std::nullopt;
+}
+
+inline py::dtype numpy_statistics_dtype(lanenorm::DType dtype) {
+  return py::dtype(dtype == lanenorm::DType::float64 ? int{py::detail::npy_api::NPY_DOUBLE_}
+                                                     : int{py::detail::npy_api::NPY_FLOAT_});
+}
+
+// ---- arguments ---------------------------------------------------------------------------------------------------
+
+// An argument that was given: the array stays alive, the View borrows from it.
+template <class Device>
+struct Argument {
+  typename Device::Array array;
+  lanenorm::View view;
+};
+
+template <class Device>
+Argument<Device> argument(const char* operation, const char* name, const py::handle& object) {
+  auto array = Device::cast(object, operation, name);
+  const py::dtype dtype = Device::dtype(array);
+  const std::optional<lanenorm::DType> known = dtype_of(dtype);
+  if (!known) lanenorm::errors::unsupported_dtype(operation, name, py::cast<std::string>(py::str(dtype)));
+  const lanenorm::View view = Device::view(array, *known);
+  return {std::move(array), view};
+}
+
+template <class Device>
+struct OptionalArgument {
+  std::optional<Argument<Device>> given;
+  const lanenorm::View* view() const { return given ? &given->view : nullptr; }
+};
+
+template <class Device>
+OptionalArgument<Device> optional_argument(const char* operation, const char* name, const py::handle& object) {
+  if (object.is_none()) return {};
+  return {argument<Device>(operation, name, object)};
+}
+
+// One axis: anything with __index__ but bool.
+inline std::int64_t axis_of(const char* operation, const char* name, const py::handle& object, const char* expected) {
+  if (PyBool_Check(object.ptr()) || !PyIndex_Check(object.ptr())) {
+    lanenorm::errors::wrong_kind(operation, name, Py_TYPE(object.ptr())->tp_name, expected);
+  }
+  const Py_ssize_t axis = PyNumber_AsSsize_t(object.ptr(), nullptr);  // clips: any such axis is out of range
+  if (axis == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return axis;
+}
+
+inline std::vector<std::int64_t> axes_of(const char* operation, const py::handle& object) {
+  const char* expected = "int or tuple of ints";
+  std::vector<std::int64_t> axes;
+  if (PyTuple_Check(object.ptr())) {
+    for (const py::handle axis : py::reinterpret_borrow<py::tuple>(object)) {
+      axes.push_back(axis_of(operation, "axis", axis, expected));
+    }
+  } else {
+    axes.push_back(axis_of(operation, "axis", object, expected));
+  }
+  return axes;
+}
+
+inline double number_of(const char* operation, const char* name, const py::handle& object) {
+  if (PyFloat_CheckExact(object.ptr())) return PyFloat_AS_DOUBLE(object.ptr());
+  const double value = PyNumber_Check(object.ptr()) && !PyBool_Check(object.ptr()) && !PyComplex_Check(object.ptr())
+                           ? PyFloat_AsDouble(object.ptr())
+                           : -1.0;
+  const bool refused = PyBool_Check(object.ptr()) || PyComplex_Check(object.ptr()) || !PyNumber_Check(object.ptr());
+  if (refused || (value == -1.0 && PyErr_Occurred())) {
+    PyErr_Clear();
+    lanenorm::errors::wrong_kind(operation, name, Py_TYPE(object.ptr())->tp_name, "a real number");
+  }
+  return value;
+}
+
+// ---- running -----------------------------------------------------------------------------------------------------
+
+// Releasing and taking the GIL costs 60 ns; below this many elements (about 5 us of work) it is kept.
+inline constexpr std::int64_t kKeepGil = 16384;
+
+template <class F>
+void run(const lanenorm::Args& args, F&& operation) {
+  if (args.plan.elements < kKeepGil) {
+    operation(args);
+  } else {
+    const py::gil_scoped_release release;
+    operation(args);
+  }
+}
+
+// y, or dx: `out` where it was given.
+template <class Device>
+typename Device::Array output(const Argument<Device>& x, const OptionalArgument<Device>& out, lanenorm::Args* args) {
+  if (out.given) return out.given->array;
+  auto y = Device::empty(Device::dtype(x.array), x.view.shape, x.view.axes, args->y_strides);
+  args->y = Device::view(y, x.view.dtype).data;
+  return y;
+}
+
+template <class Device>
+std::pair<typename Device::Array, typename Device::Array> statistics(const Argument<Device>& x, lanenorm::Args* args) {
+  std::int64_t shape[lanenorm::kMaxAxes];
+  int axes = 0;
+  const bool keep = args->plan.affine == lanenorm::Affine::per_element;
+  for (int axis = 0; axis < x.view.axes; ++axis) {
+    if (!args->reduced[axis]) {
+      shape[axes++] = x.view.shape[axis];
+    } else if (keep) {
+      shape[axes++] = 1;
+    }
+  }
+  const py::dtype dtype = numpy_statistics_dtype(x.view.dtype);
+  auto mean = Device::empty(dtype, shape, axes, nullptr);
+  auto rstd = Device::empty(dtype, shape, axes, nullptr);
+  const lanenorm::DType kind = lanenorm::statistics_dtype(x.view.dtype);
+  lanenorm::attach_statistics(x.view, Device::view(mean, kind), Device::view(rstd, kind), args);
+  return {std::move(mean), std::move(rstd)};
+}
+
+// dweight and dbias in the dtype of weight; in the statistics dtype where there is none.
+template <class Device>
+std::pair<typename Device::Array, typename Device::Array> parameter_gradients(const Argument<Device>& x,
+                                                                              const OptionalArgument<Device>& weight,
+                                                                              lanenorm::Args* args) {
+  std::int64_t shape[lanenorm::kMaxAxes];
+  int axes = 0;
+  const bool of_reduced = args->plan.affine == lanenorm::Affine::per_element;
+  for (int axis = 0; axis < x.view.axes; ++axis) {
+    if (args->reduced[axis] == of_reduced) shape[axes++] = x.view.shape[axis];
+  }
+  const py::dtype dtype = weight.given ? Device::dtype(weight.given->array) : numpy_statistics_dtype(x.view.dtype);
+  auto dweight = Device::empty(dtype, shape, axes, nullptr);
+  auto dbias = Device::empty(dtype, shape, axes, nullptr);
+  lanenorm::attach_parameters(x.view, Device::view(dweight, args->parameter_dtype),
+                              Device::view(dbias, args->parameter_dtype), args);
+  return {std::move(dweight), std::move(dbias)};
+}
+
+template <class Device, class F>
+py::tuple gradients(const Argument<Device>& x, const OptionalArgument<Device>& weight, const OptionalArgument<Device>& out,
+                    bool param_grads, lanenorm::Args* args, F&& operation) {
+  auto dx = output(x, out, args);
+  if (!param_grads) {
+    run(*args, operation);
+    return py::make_tuple(std::move(dx), py::none(), py::none());
+  }
+  auto [dweight, dbias] = parameter_gradients(x, weight, args);
+  run(*args, operation);
+  return py::make_tuple(std::move(dx), std::move(dweight), std::move(dbias));
+}
+
+// ---- operations --------------------------------------------------------------------------------------------------
+
+template <class Device>
+struct Operations {
+  using Object = const py::handle&;
+  static constexpr const char* kInt = "int";
+
+  static py::object layer_norm(Object x_, Object weight_, Object bias_, Object axis, Object eps, Object out_) {
+    const char* name = "layer_norm";
+    lanenorm::Args args;
+    const auto x = layer_norm_args(name, x_, weight_, bias_, axis, eps, out_, &args);
+    auto y = output(x.first, x.second, &args);
+    run(args, Device::layer_norm_forward);
+    return std::move(y);
+  }
+
+  static py::tuple layer_norm_forward(Object x_, Object weight_, Object bias_, Object axis, Object eps, Object out_) {
+    const char* name = "layer_norm_forward";
+    lanenorm::Args args;
+    const auto x = layer_norm_args(name, x_, weight_, bias_, axis, eps, out_, &args);
+    auto y = output(x.first, x.second, &args);
+    auto [mean, rstd] = statistics(x.first, &args);
+    run(args, Device::layer_norm_forward);
+    return py::make_tuple(std::move(y), std::move(mean), std::move(rstd));
+  }
+
+  static py::tuple layer_norm_backward(Object dy_, Object x_, Object mean_, Object rstd_, Object weight_, Object axis,
+                                       bool param_grads, Object out_) {
+    const char* name = "layer_norm_backward";
+    const auto dy = argument<Device>(name, "dy", dy_);
+    const auto x = argument<Device>(name, "x", x_);
+    const auto mean = argument<Device>(name, "mean", mean_);
+    const auto rstd = argument<Device>(name, "rstd", rstd_);
+    const auto weight = optional_argument<Device>(name, "weight", weight_);
+    const auto axes = axes_of(name, axis);
+    const auto out = optional_argument<Device>(name, "out", out_);
+    lanenorm::Args args;
+    lanenorm::check_layer_norm_backward(name, dy.view, x.view, mean.view, rstd.view, weight.view(),
+                                        {axes.data(), static_cast<int>(axes.size())}, out.view(), &args);
+    return gradients(x, weight, out, param_grads, &args, Device::layer_norm_backward);
+  }
+
+  static py::object batch_norm(Object x_, Object running_mean_, Object running_var_, Object weight_, Object bias_,
+                               Object channel_axis, Object eps, Object out_) {
+    const char* name = "batch_norm";
+    const auto x = argument<Device>(name, "x", x_);
+    const auto running_mean = argument<Device>(name, "running_mean", running_mean_);
+    const auto running_var = argument<Device>(name, "running_var", running_var_);
+    const auto weight = optional_argument<Device>(name, "weight", weight_);
+    const auto bias = optional_argument<Device>(name, "bias", bias_);
+    const auto out = optional_argument<Device>(name, "out", out_);
+    lanenorm::Args args;
+    lanenorm::check_batch_norm_inference(name, x.view, running_mean.view, running_var.view, weight.view(), bias.view(),
+                                         axis_of(name, "channel_axis", channel_axis, kInt), number_of(name, "eps", eps),
+                                         out.view(), &args);
+    auto y = output(x, out, &args);
+    run(args, Device::batch_norm_inference);
+    return std::move(y);
+  }
+
+  static py::tuple batch_norm_forward(Object x_, Object weight_, Object bias_, Object running_mean_, Object running_var_,
+                                      Object momentum, Object channel_axis, Object eps, Object out_) {
+    const char* name = "batch_norm_forward";
+    const auto x = argument<Device>(name, "x", x_);
+    const auto weight = optional_argument<Device>(name, "weight", weight_);
+    const auto bias = optional_argument<Device>(name, "bias", bias_);
+    const auto running_mean = optional_argument<Device>(name, "running_mean", running_mean_);
+    const auto running_var = optional_argument<Device>(name, "running_var", running_var_);
+    const auto out = optional_argument<Device>(name, "out", out_);
+    if (momentum.is_none()) lanenorm::errors::no_momentum(name);
+    lanenorm::Args args;
+    lanenorm::check_batch_norm_forward(name, x.view, weight.view(), bias.view(), running_mean.view(), running_var.view(),
+                                       number_of(name, "momentum", momentum),
+                                       axis_of(name, "channel_axis", channel_axis, kInt), number_of(name, "eps", eps),
+                                       out.view(), &args);
+    auto y = output(x, out, &args);
+    auto [mean, rstd] = statistics(x, &args);
+    run(args, Device::batch_norm_forward);
+    return py::make_tuple(std::move(y), std::move(mean), std::move(rstd));
+  }
+
+  static py::tuple batch_norm_backward(Object dy_, Object x_, Object mean_, Object rstd_, Object weight_,
+                                       Object channel_axis, bool training, bool param_grads, Object out_) {
+    const char* name = "batch_norm_backward";
+    const auto dy = argument<Device>(name, "dy", dy_);
+    const auto x = argument<Device>(name, "x", x_);
+    const auto mean = argument<Device>(name, "mean", mean_);
+    const auto rstd = argument<Device>(name, "rstd", rstd_);
+    const auto weight = optional_argument<Device>(name, "weight", weight_);
+    const auto out = optional_argument<Device>(name, "out", out_);
+    lanenorm::Args args;
+    lanenorm::check_batch_norm_backward(name, dy.view, x.view, mean.view, rstd.view, weight.view(),
+                                        axis_of(name, "channel_axis", channel_axis, kInt), training, out.view(), &args);
+    return gradients(x, weight, out, param_grads, &args, Device::batch_norm_backward);
+  }
+
+ private:
+  static std::pair<Argument<Device>, OptionalArgument<Device>> layer_norm_args(const char* name, Object x_, Object weight_,
+                                                                               Object bias_, Object axis, Object eps,
+                                                                               Object out_, lanenorm::Args* args) {
+    auto x = argument<Device>(name, "x", x_);
+    const auto weight = optional_argument<Device>(name, "weight", weight_);
+    const auto bias = optional_argument<Device>(name, "bias", bias_);
+    const auto axes = axes_of(name, axis);
+    auto out = optional_argument<Device>(name, "out", out_);
+    lanenorm::check_layer_norm_forward(name, x.view, weight.view(), bias.view(),
+                                       {axes.data(), static_cast<int>(axes.size())}, number_of(name, "eps", eps),
+                                       out.view(), args);
+    return {std::move(x), std::move(out)};
+  }
+};
+
+template <class Device>
+void bind_operations(py::module_& m) {
+  using O = Operations<Device>;
+  m.def("layer_norm", &O::layer_norm);
+  m.def("layer_norm_forward", &O::layer_norm_forward);
+  m.def("layer_norm_backward", &O::layer_norm_backward);
+  m.def("batch_norm", &O::batch_norm);
+  m.def("batch_norm_forward", &O::batch_norm_forward);
+  m.def("batch_norm_backward", &O::batch_norm_backward);
+}
+
+// C++ exceptions as the Python ones that NumPy users expect.
+inline void register_errors() {
+  py::register_local_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const lanenorm::TypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    } catch (const lanenorm::ValueError& e) {
+      PyErr_SetString(PyExc_ValueError, e.what());
+    } catch (const lanenorm::AxisError& e) {
+      const py::object type = py::module_::import("numpy.exceptions").attr("AxisError");
+      PyErr_SetObject(type.ptr(), py::str(e.what()).ptr());
+    } catch (const lanenorm::Interrupted&) {
+      // PyErr_CheckSignals already set KeyboardInterrupt, or whatever the handler raised.
+      if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
+    }
+  });
+}
