@@ -70,11 +70,23 @@ LANENORM_INLINE double redo_scale<double>(double m2) {
   return finite(m2) ? 0x1p+600 : 0x1p-600;
 }
 
+// pivot + (sum + low) / count as high + low. For float64 the quotient gets its remainder too: where the pivot is far
+// from the mean (an outlier first) its rounding alone would cost 2 u, and exact means would not stay exact.
+template <class C, class D>
+LANENORM_INLINE Pair<D> mean_of(const Moments<D>& m, D count) {
+  const Pair<D> sum = two_sum(m.sum, m.low);
+  const D quotient = sum.high / count;
+  const Pair<D> mean = two_sum(m.pivot, quotient);
+  if constexpr (sizeof(C) == 4) return mean;
+  const D rest = (fma(negate(quotient), count, sum.high) + sum.low) / count;
+  return two_sum(mean.high, mean.low + rest);
+}
+
 // mean, rstd = 1/sqrt(var + eps) with var = m2 / count, in double and rounded once.
 template <class C>
 LANENORM_INLINE Statistic<C> finish(const Moments<double>& m, double count, double eps) {
   const double rstd = 1.0 / __builtin_sqrt(m.m2 / count + eps);
-  const Pair<double> mean = two_sum(m.pivot, (m.sum + m.low) / count);
+  const Pair<double> mean = mean_of<C>(m, count);
   Statistic<C> s;
   s.exact_mean = mean.high;
   s.variance = m.m2 / count;
@@ -95,7 +107,7 @@ LANENORM_INLINE Statistic<C> finish_scaled(const Moments<double>& m, double coun
   // beside the variance, or everything.
   const double variance = m.m2 / count + (eps > 0.0 ? eps * scale * scale : 0.0);
   const double rstd_scaled = 1.0 / __builtin_sqrt(variance);
-  const Pair<double> mean = two_sum(m.pivot, (m.sum + m.low) / count);
+  const Pair<double> mean = mean_of<C>(m, count);
   Statistic<C> s;
   s.exact_mean = mean.high / scale;
   s.variance = m.m2 / count / scale / scale;

@@ -242,7 +242,8 @@ class ColumnDriver {
     const double count = static_cast<double>(plan_.reduced);
     const std::int64_t pitch = padded(t.statistics);
     for (std::int64_t s = 0; s < t.statistics; ++s) {
-      p_.exact_mean[t.statistic + s] = folded[s] + (folded[pitch + s] + folded[2 * pitch + s]) / count;
+      const Moments<double> m{folded[s], folded[pitch + s], folded[2 * pitch + s], folded[3 * pitch + s]};
+      p_.exact_mean[t.statistic + s] = mean_of<C>(m, count).high;
       p_.variance[t.statistic + s] = folded[3 * pitch + s] / count;
     }
   }

@@ -198,7 +198,7 @@ void column_finish(const ColumnFinish& a) {
     for (int part = 0; part < V::kWide; ++part) {
       const Moments<D> m = load_moments<D>(a.moments, pitch, j + part * D::kLanes);
       rstd[part] = D::broadcast(1.0) / sqrt(m.m2 / count + D::broadcast(a.eps));
-      const Pair<D> mean = two_sum(m.pivot, (m.sum + m.low) / count);
+      const Pair<D> mean = mean_of<S>(m, count);
       high[part] = mean.high;
       low[part] = mean.low;
     }

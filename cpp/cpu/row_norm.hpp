@@ -183,7 +183,7 @@ Moments<double> ragged_moments(const X& x, const int* lane_count, int vectors, d
 using PieceTree = MomentsTree<8>;  // 64 superblocks; a piece of short ragged runs may have up to 128
 
 template <class T, class V, class D, bool kScaled>
-LANENORM_INLINE Moments<double> line_moments(const char* x, std::int64_t length, V scale, double* count) {
+[[gnu::noinline]] Moments<double> line_moments(const char* x, std::int64_t length, V scale, double* count) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes;
   using X = Adjacent<T, V, kScaled>;
   const X whole{x, scale};
@@ -413,8 +413,9 @@ struct SumLanes {
 };
 
 // One line of `length` elements: lanes hold the sums of at most 64 vectors (8 trees of 8), then go to double.
+// Not inlined: 16 tails, several callers.
 template <class T, class V, class D, bool kWeight>
-LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
+[[gnu::noinline]] void line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
                                V mean, V rstd, D* total) {
   using S = typename V::Scalar;
   constexpr std::int64_t kLanes = V::kLanes;
@@ -513,7 +514,7 @@ LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, 
 
 // At most kRowBlock rows; at the end of a chunk, and every kFlushRows rows, the float32 sums go to the totals.
 template <class T, class V, class D>
-LANENORM_INLINE void gradient_block(const RowGradient& a, std::int64_t first, std::int64_t rows, bool end) {
+[[gnu::noinline]] void gradient_block(const RowGradient& a, std::int64_t first, std::int64_t rows, bool end) {
   using S = typename V::Scalar;
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + first;
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + first;

@@ -11,15 +11,15 @@
 namespace lanenorm {
 inline namespace LANENORM_ISA {
 
-// Masks of the first `count` lanes (any int; below 0 none, above all): a window into ones and zeros.
-alignas(64) inline constexpr std::int32_t kOnesThenZeros[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
-LANENORM_INLINE __m256i mask_ps(int count) {
-  const int n = count < 0 ? 0 : count > 8 ? 8 : count;
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnesThenZeros + 8 - n));
+// Masks of lanes first..first+7 (pd: first..first+3) of a vector of which the first `count` of 16 (8) lanes are set: a
+// window into ones and zeros.
+alignas(64) inline constexpr std::int32_t kOnesThenZeros[32] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                                -1, -1, -1, -1, -1, -1, -1, -1};
+LANENORM_INLINE __m256i mask_ps(int count, int first = 0) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnesThenZeros + 16 - count + first));
 }
-LANENORM_INLINE __m256i mask_pd(int count) {
-  const int n = count < 0 ? 0 : count > 4 ? 4 : count;
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnesThenZeros + 8 - 2 * n));
+LANENORM_INLINE __m256i mask_pd(int count, int first = 0) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnesThenZeros + 16 - 2 * count + 2 * first));
 }
 
 // ---- 16-bit storage: 8 halves in 128 bits ------------------------------------------------------------------------
@@ -137,7 +137,7 @@ struct F64x8 {
     if constexpr (sizeof(T) == 8) {
       const double* high = reinterpret_cast<const double*>(lane_address<T>(p, 4));
       return {{_mm256_maskload_pd(static_cast<const double*>(p), mask_pd(count)),
-               _mm256_maskload_pd(high, mask_pd(count - 4))}};
+               _mm256_maskload_pd(high, mask_pd(count, 4))}};
     } else if constexpr (sizeof(T) == 4) {
       return of_floats(_mm256_maskload_ps(static_cast<const float*>(p), mask_ps(count)));
     } else {
@@ -159,7 +159,7 @@ struct F64x8 {
   LANENORM_INLINE void store(void* p, int count) const {
     if constexpr (sizeof(T) == 8) {
       _mm256_maskstore_pd(static_cast<double*>(p), mask_pd(count), v[0]);
-      _mm256_maskstore_pd(reinterpret_cast<double*>(lane_address<T>(p, 4)), mask_pd(count - 4), v[1]);
+      _mm256_maskstore_pd(reinterpret_cast<double*>(lane_address<T>(p, 4)), mask_pd(count, 4), v[1]);
     } else if constexpr (sizeof(T) == 4) {
       _mm256_maskstore_ps(static_cast<float*>(p), mask_ps(count), floats());
     } else {
@@ -195,7 +195,7 @@ struct F64x8 {
   LANENORM_INLINE friend F64x8 sqrt(F64x8 a) { return {{_mm256_sqrt_pd(a.v[0]), _mm256_sqrt_pd(a.v[1])}}; }
   LANENORM_INLINE friend F64x8 keep(F64x8 a, int count) {
     return {{_mm256_and_pd(a.v[0], _mm256_castsi256_pd(mask_pd(count))),
-             _mm256_and_pd(a.v[1], _mm256_castsi256_pd(mask_pd(count - 4)))}};
+             _mm256_and_pd(a.v[1], _mm256_castsi256_pd(mask_pd(count, 4)))}};
   }
 
   LANENORM_INLINE double fold() const {
@@ -230,7 +230,7 @@ struct F32x16 {
     const char* high = lane_address<T>(p, 8);
     if constexpr (sizeof(T) == 4) {
       return {{_mm256_maskload_ps(static_cast<const float*>(p), mask_ps(count)),
-               _mm256_maskload_ps(reinterpret_cast<const float*>(high), mask_ps(count - 8))}};
+               _mm256_maskload_ps(reinterpret_cast<const float*>(high), mask_ps(count, 8))}};
     } else {
       return {{widen_halves<T>(load_halves(p, count)), widen_halves<T>(load_halves(high, count - 8))}};
     }
@@ -251,7 +251,7 @@ struct F32x16 {
     char* high = lane_address<T>(p, 8);
     if constexpr (sizeof(T) == 4) {
       _mm256_maskstore_ps(static_cast<float*>(p), mask_ps(count), v[0]);
-      _mm256_maskstore_ps(reinterpret_cast<float*>(high), mask_ps(count - 8), v[1]);
+      _mm256_maskstore_ps(reinterpret_cast<float*>(high), mask_ps(count, 8), v[1]);
     } else {
       store_halves(narrow_halves<T>(v[0]), p, count);
       store_halves(narrow_halves<T>(v[1]), high, count - 8);
@@ -286,7 +286,7 @@ struct F32x16 {
   LANENORM_INLINE friend F32x16 sqrt(F32x16 a) { return {{_mm256_sqrt_ps(a.v[0]), _mm256_sqrt_ps(a.v[1])}}; }
   LANENORM_INLINE friend F32x16 keep(F32x16 a, int count) {
     return {{_mm256_and_ps(a.v[0], _mm256_castsi256_ps(mask_ps(count))),
-             _mm256_and_ps(a.v[1], _mm256_castsi256_ps(mask_ps(count - 8)))}};
+             _mm256_and_ps(a.v[1], _mm256_castsi256_ps(mask_ps(count, 8)))}};
   }
 
   LANENORM_INLINE float fold() const {

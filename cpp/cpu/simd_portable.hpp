@@ -43,6 +43,8 @@ LANENORM_INLINE void store_element(S value, char* p, int i) {
 
 LANENORM_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 LANENORM_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+LANENORM_INLINE float magnitude(float a) { return __builtin_fabsf(a); }
+LANENORM_INLINE double magnitude(double a) { return __builtin_fabs(a); }
 LANENORM_INLINE float root(float a) { return __builtin_sqrtf(a); }
 LANENORM_INLINE double root(double a) { return __builtin_sqrt(a); }
 
@@ -99,7 +101,7 @@ struct Lanewise {
     return each([&](int i) { return -a.lane[i]; });
   }
   LANENORM_INLINE friend Self abs(const Self& a) {
-    return each([&](int i) { return a.lane[i] < S(0) ? -a.lane[i] : a.lane[i] == S(0) ? S(0) : a.lane[i]; });
+    return each([&](int i) { return magnitude(a.lane[i]); });
   }
   LANENORM_INLINE friend Self sqrt(const Self& a) {
     return each([&](int i) { return root(a.lane[i]); });
