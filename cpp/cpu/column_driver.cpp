@@ -57,6 +57,7 @@ class ColumnDriver {
       const C* rstd = static_cast<const C*>(p_.rstd) + t.statistic;
       expand(mean, t.columns, constants.mean);
       expand(rstd, t.columns, constants.rstd);
+      expand(static_cast<const C*>(p_.rstd_low) + t.statistic, t.columns, constants.rstd_low);
       std::fill_n(constants.shift, t.columns, -C(0));
       expand_affine(t, &constants);
       apply(t, piece % segments_, constants);
@@ -127,12 +128,13 @@ class ColumnDriver {
       buffer.reserve(7 * pitch * static_cast<std::int64_t>(sizeof(C)));
       mean = buffer.template as<C>();
       rstd = mean + pitch;
-      shift = rstd + pitch;
+      rstd_low = rstd + pitch;
+      shift = rstd_low + pitch;
       scale_buffer = shift + pitch;
       weight_buffer = scale_buffer + pitch;
       bias_buffer = weight_buffer + pitch;
     }
-    C *mean, *rstd, *shift;
+    C *mean, *rstd, *rstd_low, *shift;
     C *scale_buffer, *weight_buffer, *bias_buffer;
     const C* scale = nullptr;  // all 1
     const C* weight = nullptr;
@@ -188,7 +190,7 @@ class ColumnDriver {
   void tile_moments(const Tile& t, std::int64_t s, double* moments, bool wide = false, double scale = 1.0) const {
     InputLines x = x_lines();
     Buffer& scratch = thread_buffer(Slot::sums);
-    scratch.reserve(3 * padded(t.columns) * 8);
+    scratch.reserve(4 * padded(t.columns) * 8);
     ColumnMoments a;
     a.rows = segment_rows(s);
     a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
@@ -216,13 +218,13 @@ class ColumnDriver {
   void finish_tile(const Tile& t, double* moments, std::int64_t stride, Constants* c) const {
     double* folded = join(t, moments, stride);
     const double count = static_cast<double>(plan_.reduced);
-    p_.kernels.column_finish({folded, t.statistics, count, p_.args.eps, c->mean, c->rstd, c->shift});
+    p_.kernels.column_finish({folded, t.statistics, count, p_.args.eps, c->mean, c->rstd, c->rstd_low, c->shift});
     C* mean = static_cast<C*>(p_.mean) + t.statistic;
     C* rstd = static_cast<C*>(p_.rstd) + t.statistic;
     std::memcpy(mean, c->mean, static_cast<std::size_t>(t.statistics) * sizeof(C));
     std::memcpy(rstd, c->rstd, static_cast<std::size_t>(t.statistics) * sizeof(C));
     const double* m2 = folded + 3 * padded(t.statistics);
-    if (p_.variance != nullptr) keep_exact(t, folded);
+    if (p_.exact != nullptr) keep_exact(t, folded);
     for (const bool finite_m2 : {true, false}) {  // float64: one scale for the tiny, one for the huge
       bool any = false;
       for (std::int64_t s = 0; s < t.statistics; ++s) {
@@ -232,6 +234,7 @@ class ColumnDriver {
     }
     spread(t.columns, c->mean);
     spread(t.columns, c->rstd);
+    spread(t.columns, c->rstd_low);
     spread(t.columns, c->shift);
     if (c->scale != nullptr) spread(t.columns, c->scale_buffer);
     expand_affine(t, c);
@@ -243,8 +246,7 @@ class ColumnDriver {
     const std::int64_t pitch = padded(t.statistics);
     for (std::int64_t s = 0; s < t.statistics; ++s) {
       const Moments<double> m{folded[s], folded[pitch + s], folded[2 * pitch + s], folded[3 * pitch + s]};
-      p_.exact_mean[t.statistic + s] = mean_of<C>(m, count).high;
-      p_.variance[t.statistic + s] = folded[3 * pitch + s] / count;
+      p_.exact[t.statistic + s] = {mean_of<C>(m, count), m.m2 / count};
     }
   }
 
@@ -279,12 +281,10 @@ class ColumnDriver {
       const Statistic<C> result = finish_scaled<C>(m, count, p_.args.eps, scale);
       mean[s] = result.mean;
       rstd[s] = result.rstd;
-      if (p_.variance != nullptr) {
-        p_.exact_mean[t.statistic + s] = result.exact_mean;
-        p_.variance[t.statistic + s] = result.variance;
-      }
+      if (p_.exact != nullptr) p_.exact[t.statistic + s] = {result.exact_mean, result.variance};
       c->mean[s] = result.normalizer.mean;
       c->rstd[s] = result.normalizer.rstd;
+      c->rstd_low[s] = result.normalizer.rstd_low;
       c->shift[s] = result.normalizer.shift;
       c->scale_buffer[s] = result.normalizer.scale;
     }
@@ -303,6 +303,7 @@ class ColumnDriver {
     a.columns = t.columns;
     a.mean = c.mean;
     a.rstd = c.rstd;
+    a.rstd_low = c.rstd_low;
     a.shift = c.shift;
     a.scale = c.scale;
     a.per_row = plan_.affine == Affine::per_element;
@@ -322,15 +323,16 @@ class ColumnDriver {
     });
     // Constants of all tiles stay until apply.
     const std::int64_t pitch = padded(tile_);
-    Buffer kept(tiles * 6 * pitch * static_cast<std::int64_t>(sizeof(C)));
+    constexpr int kConstants = 7;
+    Buffer kept(tiles * kConstants * pitch * static_cast<std::int64_t>(sizeof(C)));
     Buffer scaled(tiles);
     parallel_for(tiles, tiles * segments_ * stride * 8, [&](std::int64_t piece) {
       const Tile t = tile(piece);
       Constants c(t.columns, Slot::constants);
       finish_tile(t, moments + piece * segments_ * stride, stride, &c);
-      C* to = kept.as<C>() + piece * 6 * pitch;
-      const C* from[6] = {c.mean, c.rstd, c.shift, c.scale, c.weight, c.bias};
-      for (int i = 0; i < 6; ++i) {
+      C* to = kept.as<C>() + piece * kConstants * pitch;
+      const C* from[kConstants] = {c.mean, c.rstd, c.rstd_low, c.shift, c.scale, c.weight, c.bias};
+      for (int i = 0; i < kConstants; ++i) {
         if (from[i] != nullptr) std::memcpy(to + i * pitch, from[i], static_cast<std::size_t>(t.columns) * sizeof(C));
       }
       scaled.data()[piece] = c.scale != nullptr;
@@ -338,13 +340,14 @@ class ColumnDriver {
     parallel_for(tiles * segments_, p_.bytes(2), [&](std::int64_t piece) {
       const std::int64_t index = piece / segments_;
       Constants c(1, Slot::constants);
-      C* from = kept.as<C>() + index * 6 * pitch;
+      C* from = kept.as<C>() + index * kConstants * pitch;
       c.mean = from;
       c.rstd = from + pitch;
-      c.shift = from + 2 * pitch;
-      c.scale = scaled.data()[index] ? from + 3 * pitch : nullptr;
-      c.weight = from + 4 * pitch;
-      c.bias = from + 5 * pitch;
+      c.rstd_low = from + 2 * pitch;
+      c.shift = from + 3 * pitch;
+      c.scale = scaled.data()[index] ? from + 4 * pitch : nullptr;
+      c.weight = from + 5 * pitch;
+      c.bias = from + 6 * pitch;
       apply(tile(index), piece % segments_, c);
     });
   }

@@ -13,6 +13,12 @@
 
 namespace lanenorm {
 
+// Mean and biased variance before rounding.
+struct ExactStatistic {
+  Pair<double> mean;
+  double variance;
+};
+
 // One operation with its small arrays in compute type C and in the order of the Plan.
 struct Problem {
   const Args& args;
@@ -22,8 +28,8 @@ struct Problem {
   const void* bias;    // C, or null
   void* mean;          // (statistics) C: written by a forward, read by the others
   void* rstd;
-  double* exact_mean;  // (statistics) mean and biased variance before rounding, for running statistics; or null
-  double* variance;
+  const void* rstd_low;     // C, inference only: what rounding took from rstd
+  ExactStatistic* exact;    // (statistics) for running statistics, or null
   double* dweight;     // zeros on entry, or null
   double* dbias;
 

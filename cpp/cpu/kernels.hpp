@@ -101,7 +101,7 @@ struct ColumnMoments {
   std::int64_t rows, columns;
   double scale;     // x is multiplied by it (redo only)
   double* moments;  // (4, padded(columns))
-  void* scratch;    // 3 * padded(columns) C, or doubles in the wide kernel
+  void* scratch;    // 4 * padded(columns) C, or doubles in the wide kernel
 };
 
 // Moments of pieces of count_a and count_b rows joined into `a`; a comes first.
@@ -125,14 +125,14 @@ struct ColumnFinish {
   const double* moments;  // (4, padded(columns))
   std::int64_t columns;
   double count, eps;
-  void *mean, *rstd, *shift;  // (padded(columns)) C
+  void *mean, *rstd, *rstd_low, *shift;  // (padded(columns)) C
 };
 
 struct ColumnApply {
   const void* const* x;
   void* const* y;
   std::int64_t rows, columns;
-  const void *mean, *rstd, *shift;  // (columns) C
+  const void *mean, *rstd, *rstd_low, *shift;  // (columns) C
   const void* scale;                // (columns) C, or null: all 1
   const void *weight, *bias;        // (columns) C, or with per_row (rows) C; never null (1 and -0 change no bit)
   bool per_row;
@@ -194,7 +194,8 @@ inline constexpr std::int64_t kPieceRows = 1024;
 inline constexpr std::int64_t kRowBlock = 8;
 inline constexpr std::int64_t kFlushRows = 64;  // then the float32 sums go to double
 
-// Column arrays are padded to whole vectors, so that kernels may write all lanes.
-constexpr std::int64_t padded(std::int64_t columns) { return (columns + 15) / 16 * 16; }
+// Column arrays are padded to whole vectors, so that kernels may write all lanes. Always inlined, since ISA units call
+// it: no copy of it may be left for the linker to choose (core/isa.hpp).
+[[gnu::always_inline]] constexpr std::int64_t padded(std::int64_t columns) { return (columns + 15) / 16 * 16; }
 
 }  // namespace lanenorm

@@ -123,16 +123,26 @@ void forward(const Problem& p) {
   }
 }
 
-// running = (1 - momentum) * running + momentum * batch, the variance unbiased, in double with one rounding.
+// (1 - momentum) * running + momentum * (batch + low), as if in one rounding: products and sum keep their errors.
+double moved_average(double running, double batch, double low, double momentum) {
+  const double keep = 1.0 - momentum, keep_low = (1.0 - keep) - momentum;
+  const double a = keep * running, b = momentum * batch;
+  const double rest = fma(keep, running, -a) + fma(momentum, batch, -b) + (keep_low * running + momentum * low);
+  const Pair<double> sum = two_sum(a, b);
+  return sum.high + (sum.low + rest);
+}
+
+// The variance unbiased.
 template <class C>
-void update_running(const Args& a, const double* mean, const double* variance) {
+void update_running(const Args& a, const ExactStatistic* batch) {
   C* running_mean = static_cast<C*>(a.running_mean.data);
   C* running_var = static_cast<C*>(a.running_var.data);
-  const double n = static_cast<double>(a.plan.reduced), keep = 1.0 - a.momentum;
+  const double n = static_cast<double>(a.plan.reduced);
   for (std::int64_t c = 0; c < a.plan.statistics; ++c) {
-    const double unbiased = variance[c] * (n / (n - 1.0));
-    running_mean[c] = static_cast<C>(keep * static_cast<double>(running_mean[c]) + a.momentum * mean[c]);
-    running_var[c] = static_cast<C>(keep * static_cast<double>(running_var[c]) + a.momentum * unbiased);
+    const double unbiased = batch[c].variance * n / (n - 1.0);
+    const double mean = static_cast<double>(running_mean[c]), var = static_cast<double>(running_var[c]);
+    running_mean[c] = static_cast<C>(moved_average(mean, batch[c].mean.high, batch[c].mean.low, a.momentum));
+    running_var[c] = static_cast<C>(moved_average(var, unbiased, 0.0, a.momentum));
   }
 }
 
@@ -144,17 +154,16 @@ void norm_forward(const Args& args) {
   const OutputVector mean(args.mean, compute, args.plan.statistics);
   const OutputVector rstd(args.rstd, compute, args.plan.statistics);
   const bool running = args.running_mean.data != nullptr && args.plan.elements > 0;
-  const Buffer exact(running ? 16 * args.plan.statistics : 0);
-  double* exact_mean = running ? exact.as<double>() : nullptr;
-  double* variance = running ? exact_mean + args.plan.statistics : nullptr;
+  const Buffer buffer(running ? args.plan.statistics * static_cast<std::int64_t>(sizeof(ExactStatistic)) : 0);
+  ExactStatistic* exact = running ? buffer.as<ExactStatistic>() : nullptr;
   const Problem problem{args,        args.plan, kernels(args.dtype), weight.data(), bias.data(), mean.data(),
-                        rstd.data(), exact_mean, variance,           nullptr,       nullptr};
+                        rstd.data(), nullptr,   exact,               nullptr,       nullptr};
   with_compute(args.dtype, [&](auto c) {
     using C = decltype(c);
     forward<C>(problem);
     mean.finish();
     rstd.finish();
-    if (running) update_running<C>(args, exact_mean, variance);
+    if (running) update_running<C>(args, exact);
   });
 }
 
@@ -205,13 +214,16 @@ void batch_norm_inference(const Args& args) {
   const std::int64_t channels = args.plan.statistics;
   with_compute(args.dtype, [&](auto c) {
     using C = decltype(c);
-    const Buffer rstd_buffer(channels * static_cast<std::int64_t>(sizeof(C)));
-    C* rstd = rstd_buffer.as<C>();
+    const Buffer buffer(2 * channels * static_cast<std::int64_t>(sizeof(C)));
+    C* rstd = buffer.as<C>();
+    C* rstd_low = rstd + channels;
     for (std::int64_t i = 0; i < channels; ++i) {
-      rstd[i] = static_cast<C>(1.0 / std::sqrt(static_cast<double>(static_cast<const C*>(variance.data())[i]) + args.eps));
+      const double exact = 1.0 / std::sqrt(static_cast<double>(static_cast<const C*>(variance.data())[i]) + args.eps);
+      rstd[i] = static_cast<C>(exact);
+      rstd_low[i] = static_cast<C>(exact - static_cast<double>(rstd[i]));
     }
     const Problem problem{args,    args.plan, kernels(args.dtype), weight.data(), bias.data(), const_cast<void*>(mean.data()),
-                          rstd,    nullptr,   nullptr,             nullptr,       nullptr};
+                          rstd,    rstd_low,  nullptr,             nullptr,       nullptr};
     args.plan.work == Work::rows ? rows_inference<C>(problem) : columns_inference<C>(problem);
   });
 }

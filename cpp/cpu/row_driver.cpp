@@ -69,13 +69,14 @@ class RowDriver {
   void inference() const {
     const C* mean = static_cast<const C*>(p_.mean);
     const C* rstd = static_cast<const C*>(p_.rstd);
+    const C* rstd_low = static_cast<const C*>(p_.rstd_low);
     const std::int64_t segments = segments_.count();
     const std::int64_t each = larger(1, kPieceElements / larger(1, plan_.reduced / segments));
     const std::int64_t units = plan_.statistics * segments;
     parallel_for(ceil_div(units, each), p_.bytes(2), [&](std::int64_t piece) {
       for (std::int64_t u = piece * each; u < smaller(units, (piece + 1) * each); ++u) {
         const std::int64_t s = u / segments;
-        apply(s, u % segments, Normalizer<C>{mean[s], rstd[s], -C(0), C(1)});
+        apply(s, u % segments, Normalizer<C>{mean[s], rstd[s], rstd_low[s], -C(0), C(1)});
       }
     });
   }
@@ -181,10 +182,7 @@ class RowDriver {
     }
     static_cast<C*>(p_.mean)[s] = result.mean;
     static_cast<C*>(p_.rstd)[s] = result.rstd;
-    if (p_.variance != nullptr) {
-      p_.exact_mean[s] = result.exact_mean;
-      p_.variance[s] = result.variance;
-    }
+    if (p_.exact != nullptr) p_.exact[s] = {result.exact_mean, result.variance};
     return result.normalizer;
   }
 

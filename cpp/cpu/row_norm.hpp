@@ -289,12 +289,12 @@ struct StatisticAffine {
 template <class T, class V, bool kScaled, class A>
 LANENORM_INLINE void apply_line(const char* x, char* y, std::int64_t length, const Normalizer<typename V::Scalar>& n,
                                 const A& affine) {
-  const V mean = V::broadcast(n.mean), rstd = V::broadcast(n.rstd), shift = V::broadcast(n.shift);
-  const V scale = V::broadcast(n.scale);
+  const V mean = V::broadcast(n.mean), rstd = V::broadcast(n.rstd), rstd_low = V::broadcast(n.rstd_low);
+  const V shift = V::broadcast(n.shift), scale = V::broadcast(n.scale);
   for_vectors<V, 2>(length, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
     V v = load<T, V>(x + i * static_cast<std::int64_t>(sizeof(T)), part);
     if constexpr (kScaled) v = v * scale;
-    store<T>(affine(normalize(v, mean, rstd, shift), i, part), y + i * static_cast<std::int64_t>(sizeof(T)), part);
+    store<T>(affine(normalize(v, mean, rstd, rstd_low, shift), i, part), y + i * static_cast<std::int64_t>(sizeof(T)), part);
   });
 }
 

@@ -60,7 +60,9 @@ py::dict build_info() {
 // threadpoolctl finds these by name.
 extern "C" {
 __attribute__((visibility("default"))) int lanenorm_get_num_threads() { return lanenorm::get_num_threads(); }
-__attribute__((visibility("default"))) int lanenorm_set_num_threads(int n) { return lanenorm::set_num_threads(n); }
+__attribute__((visibility("default"))) int lanenorm_set_num_threads(int n) {
+  return lanenorm::set_num_threads(n < 1 ? 1 : n);  // no exception may leave a C function
+}
 }
 
 PYBIND11_MODULE(_cpu, m) {
