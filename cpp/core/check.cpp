@@ -128,7 +128,8 @@ struct Call {
 
   void statistics_dtype_of(const char* argument, const View& view) const {
     const DType expected = statistics_dtype(x.dtype);
-    if (view.dtype != expected) errors::wrong_dtype(operation, argument, view.dtype, expected, "the dtype of statistics");
+    if (view.dtype != expected)
+      errors::wrong_dtype(operation, argument, view.dtype, expected, "the dtype of statistics");
   }
 
   // mean and rstd of a layer norm keep the reduced axes with length 1.
@@ -330,7 +331,8 @@ void check_batch_norm_forward(const char* operation, const View& x, const View* 
 }
 
 void check_batch_norm_backward(const char* operation, const View& dy, const View& x, const View& mean, const View& rstd,
-                               const View* weight, std::int64_t channel_axis, bool training, const View* out, Args* args) {
+                               const View* weight, std::int64_t channel_axis, bool training, const View* out,
+                               Args* args) {
   Call call = begin(operation, x, args);
   call.batch_norm_axis(channel_axis);
   call.gradient(dy);

@@ -27,7 +27,8 @@ void check_batch_norm_forward(const char* operation, const View& x, const View* 
                               const View* running_mean, const View* running_var, double momentum,
                               std::int64_t channel_axis, double eps, const View* out, Args* args);
 void check_batch_norm_backward(const char* operation, const View& dy, const View& x, const View& mean, const View& rstd,
-                               const View* weight, std::int64_t channel_axis, bool training, const View* out, Args* args);
+                               const View* weight, std::int64_t channel_axis, bool training, const View* out,
+                               Args* args);
 
 // Statistic arrays: (C,) for BN, the shape of x with the reduced axes 1 for LN.
 void attach_statistics(const View& x, const View& mean, const View& rstd, Args* args);

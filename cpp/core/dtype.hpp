@@ -70,8 +70,6 @@ constexpr std::int64_t size(DType dtype) {
 }
 
 // The dtype of mean, rstd and running statistics that go with x of `dtype`.
-constexpr DType statistics_dtype(DType dtype) {
-  return dtype == DType::float64 ? DType::float64 : DType::float32;
-}
+constexpr DType statistics_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
 }  // namespace lanenorm

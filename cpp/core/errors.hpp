@@ -59,8 +59,8 @@ inline std::string number(double value) {
   std::string names = name(expected);
   if (or_float32) names += " or float32";
   const std::string module = expected == DType::bfloat16 ? "ml_dtypes." : "numpy.";
-  throw TypeError(start(operation, argument) + "has dtype " + name(got) + ", expected " + names + ", " + why + "; use " +
-                  argument + ".astype(" + module + name(expected) + ")");
+  throw TypeError(start(operation, argument) + "has dtype " + name(got) + ", expected " + names + ", " + why +
+                  "; use " + argument + ".astype(" + module + name(expected) + ")");
 }
 
 // ---- shape and axis
@@ -68,11 +68,12 @@ inline std::string number(double value) {
 // why: "axis -1 of x (2, 8)"
 [[noreturn]] inline void wrong_shape(const char* operation, const char* argument, const View& got,
                                      const std::int64_t* expected, int axes, const std::string& why) {
-  throw ValueError(start(operation, argument) + "has shape " + shape(got) + ", expected " + tuple(expected, axes) + ", " +
-                   why);
+  throw ValueError(start(operation, argument) + "has shape " + shape(got) + ", expected " + tuple(expected, axes) +
+                   ", " + why);
 }
 
-[[noreturn]] inline void axis_out_of_range(const char* operation, const char* argument, std::int64_t axis, const View& x) {
+[[noreturn]] inline void axis_out_of_range(const char* operation, const char* argument, std::int64_t axis,
+                                           const View& x) {
   throw AxisError(start(operation, argument) + std::to_string(axis) + " is out of bounds for x of " +
                       std::to_string(x.axes) + " axes, shape " + shape(x),
                   axis, x.axes);

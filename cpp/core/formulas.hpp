@@ -1,7 +1,7 @@
 // The element formulas, each written once, for scalars, SIMD vectors and CUDA threads alike.
 //
-//   y  = (x - mean) * rstd * weight + bias                    Ioffe & Szegedy 2015, alg. 1; Ba, Kiros, Hinton 2016, eq. 4
-//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  g = dy * weight
+//   y  = (x - mean) * rstd * weight + bias                    Ioffe & Szegedy 2015, alg. 1; Ba, Kiros, Hinton 2016, eq.
+//   4 dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  g = dy * weight
 //
 // The mean of the data is `mean` (rounded) plus a low part that `shift` = -low * rstd carries, so x - mean is exact
 // for data near the mean and no digit is lost at any offset. The affine step acts on the normalized value: folding
@@ -23,7 +23,7 @@ struct Normalizer {
   C rstd;
   C rstd_low;  // what rounding took from rstd (float64: 0, there is nothing wider)
   C shift;     // -(mean's low part) * rstd
-  C scale;  // a power of two, almost always 1: x is multiplied by it first where x - mean or rstd leaves C's range
+  C scale;     // a power of two, almost always 1: x is multiplied by it first where x - mean or rstd leaves C's range
 };
 
 // xhat of a forward. The rounding of rstd alone is 1 u of the 4 u promised; its low part costs one fma.
@@ -156,8 +156,8 @@ struct GradientConstants {
 };
 
 template <class C>
-LANENORM_INLINE GradientConstants<C> finish_gradient(const GradientSums& sums, double count, C mean, C rstd, double weight,
-                                                     bool training, double* dweight) {
+LANENORM_INLINE GradientConstants<C> finish_gradient(const GradientSums& sums, double count, C mean, C rstd,
+                                                     double weight, bool training, double* dweight) {
   GradientConstants<C> c;
   const double low = training ? sums.t / count : 0.0;
   const double gx = sums.gt - low * sums.g;

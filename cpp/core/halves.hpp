@@ -61,7 +61,7 @@ LANENORM_INLINE Float16 narrow<Float16>(float v) {
   } else if (magnitude >= 0x38800000u) {  // normal: drop 13 bits of the mantissa
     const std::uint32_t rebased = magnitude - (112u << 23);
     half = (rebased + 0xfffu + (rebased >> 13 & 1u)) >> 13;
-  } else if (magnitude > 0x33000000u) {  // subnormal: more than half of 2^-24
+  } else if (magnitude > 0x33000000u) {                    // subnormal: more than half of 2^-24
     const std::uint32_t shift = 126u - (magnitude >> 23);  // 14..24
     const std::uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
     const std::uint32_t kept = mantissa >> shift, rest = mantissa & ((1u << shift) - 1u), tie = 1u << (shift - 1u);

@@ -32,8 +32,8 @@ Loop empty_loop() {
 }
 
 struct Order {
-  int axes;             // axes longer than 1
-  int axis[kMaxAxes];   // in loop order, the innermost last
+  int axes;            // axes longer than 1
+  int axis[kMaxAxes];  // in loop order, the innermost last
 };
 
 // The axes longer than 1, ascending, but the one that lies innermost in memory last.
@@ -102,9 +102,8 @@ void like_strides(const View& x, std::int64_t* strides) {
   // NumPy sorts by |stride|, ties by position; an insertion sort as NumPy's, which matters for strides of 0.
   int order[kMaxAxes];
   for (int axis = 0; axis < x.axes; ++axis) order[axis] = axis;
-  std::stable_sort(order, order + x.axes, [&](int a, int b) {
-    return std::llabs(x.strides[a]) > std::llabs(x.strides[b]);
-  });
+  std::stable_sort(order, order + x.axes,
+                   [&](int a, int b) { return std::llabs(x.strides[a]) > std::llabs(x.strides[b]); });
   std::int64_t stride = size(x.dtype);
   for (int i = x.axes - 1; i >= 0; --i) {
     strides[order[i]] = stride;

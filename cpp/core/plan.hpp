@@ -23,9 +23,9 @@ namespace lanenorm {
 // A loop nest over one tensor, last axis fastest. Only the first `axes` entries are set.
 struct Loop {
   int axes;
-  std::int64_t count;                // product of extents
+  std::int64_t count;  // product of extents
   std::int64_t extent[kMaxAxes];
-  std::int64_t stride[kMaxAxes];     // bytes
+  std::int64_t stride[kMaxAxes];  // bytes
 };
 static_assert(std::is_trivial_v<Loop> && std::is_standard_layout_v<Loop>);
 

@@ -261,7 +261,8 @@ LANENORM_INLINE V at_least_one(V count) {
 
 // Lanes of `lane_count` values each -> moments of all of them, in double. inverse = 1 / lane_count.
 template <class V, class D>
-LANENORM_INLINE Moments<double> fold_lanes(const Lanes<V>& lanes, typename V::Scalar pivot, double count, double lane_count) {
+LANENORM_INLINE Moments<double> fold_lanes(const Lanes<V>& lanes, typename V::Scalar pivot, double count,
+                                           double lane_count) {
   const D inverse = D::broadcast(1.0 / lane_count);
   const D n = D::broadcast(lane_count);
   D total = D::zero();
@@ -278,7 +279,8 @@ LANENORM_INLINE Moments<double> fold_lanes(const Lanes<V>& lanes, typename V::Sc
 
 // The same where lanes hold different numbers of values, 0 among them.
 template <class V, class D>
-LANENORM_INLINE Moments<double> fold_ragged(const Lanes<V>& lanes, typename V::Scalar pivot, double count, V lane_count) {
+LANENORM_INLINE Moments<double> fold_ragged(const Lanes<V>& lanes, typename V::Scalar pivot, double count,
+                                            V lane_count) {
   D total = D::zero();
   for (int part = 0; part < V::kWide; ++part) total = total + lanes.sum.wide(part);
   const double sum = total.fold();

@@ -100,8 +100,8 @@ class ColumnDriver {
   }
 
   bool by_tile() const {
-    return segments_ == 1 || (plan_.outer * tiles_ >= 2 * get_num_threads() &&
-                              rows_ * tile_ * size(p_.args.dtype) <= kSlabBytes);
+    return segments_ == 1 ||
+           (plan_.outer * tiles_ >= 2 * get_num_threads() && rows_ * tile_ * size(p_.args.dtype) <= kSlabBytes);
   }
 
   std::int64_t segment_rows(std::int64_t s) const { return smaller(kPieceRows, rows_ - s * kPieceRows); }
@@ -413,10 +413,10 @@ class ColumnDriver {
         total.t += sums[2 * pitch + j];
       }
       double dweight;
-      const GradientConstants<C> c = finish_gradient<C>(
-          total, static_cast<double>(plan_.reduced), static_cast<const C*>(p_.mean)[t.statistic + s],
-          static_cast<const C*>(p_.rstd)[t.statistic + s], weight == nullptr ? 1.0 : static_cast<double>(weight[s]),
-          p_.args.training, &dweight);
+      const GradientConstants<C> c =
+          finish_gradient<C>(total, static_cast<double>(plan_.reduced), static_cast<const C*>(p_.mean)[t.statistic + s],
+                             static_cast<const C*>(p_.rstd)[t.statistic + s],
+                             weight == nullptr ? 1.0 : static_cast<double>(weight[s]), p_.args.training, &dweight);
       if (per_statistic && p_.dweight != nullptr) {
         p_.dweight[t.statistic + s] = dweight;
         p_.dbias[t.statistic + s] = total.g;

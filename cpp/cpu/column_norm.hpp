@@ -111,8 +111,8 @@ LANENORM_INLINE void store_moments(const Moments<D>& m, double* moments, std::in
 
 // Each lane's superblock of `rows` values joins the column's moments of the `before` rows above it.
 template <class V, class D>
-LANENORM_INLINE void merge_superblock(const ColumnMoments& a, const ColumnState<typename V::Scalar>& state, double before,
-                                      double rows) {
+LANENORM_INLINE void merge_superblock(const ColumnMoments& a, const ColumnState<typename V::Scalar>& state,
+                                      double before, double rows) {
   using S = typename V::Scalar;
   const std::int64_t pitch = padded(a.columns);
   for (std::int64_t j = 0; j < pitch; j += D::kLanes) {
@@ -305,9 +305,8 @@ void column_sums(const ColumnSums& a) {
   for (std::int64_t j = 0; j < 3 * pitch; j += V::kLanes) store_lanes(V::zero(), sums + j);
   for (std::int64_t row = 0; row < a.rows; row += kBlock) {
     const std::int64_t rows = a.rows - row < kBlock ? a.rows - row : kBlock;
-    with_vectors(static_cast<int>(rows), [&](auto n) LANENORM_LAMBDA_INLINE {
-      sums_block<decltype(n)::value, T, V>(a, row, sums);
-    });
+    with_vectors(static_cast<int>(rows),
+                 [&](auto n) LANENORM_LAMBDA_INLINE { sums_block<decltype(n)::value, T, V>(a, row, sums); });
     if ((row + kBlock) % kSuperblock == 0 || row + rows == a.rows) {
       flush<V, D>(sums, 3 * pitch, a.sums);
     }

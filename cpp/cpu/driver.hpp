@@ -28,9 +28,9 @@ struct Problem {
   const void* bias;    // C, or null
   void* mean;          // (statistics) C: written by a forward, read by the others
   void* rstd;
-  const void* rstd_low;     // C, inference only: what rounding took from rstd
-  ExactStatistic* exact;    // (statistics) for running statistics, or null
-  double* dweight;     // zeros on entry, or null
+  const void* rstd_low;   // C, inference only: what rounding took from rstd
+  ExactStatistic* exact;  // (statistics) for running statistics, or null
+  double* dweight;        // zeros on entry, or null
   double* dbias;
 
   std::int64_t bytes(int passes) const { return plan.elements * size(args.dtype) * passes; }

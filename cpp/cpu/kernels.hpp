@@ -28,11 +28,11 @@ struct RowForward {
   const void* const* x;  // (rows) lines of `length` T
   void* const* y;        // (rows) lines of `length` T; y[i] == x[i] is fine
   std::int64_t rows, length;
-  const void* weight;    // (length) C, or null
-  const void* bias;      // (length) C, or null
+  const void* weight;  // (length) C, or null
+  const void* bias;    // (length) C, or null
   double eps;
-  void* mean;            // (rows) C
-  void* rstd;            // (rows) C
+  void* mean;  // (rows) C
+  void* rstd;  // (rows) C
 };
 
 // Moments of one piece: `runs` lines of `length` elements, together at most kPieceVectors vectors or one run.
@@ -70,11 +70,11 @@ struct RowGradient {
   const void* weight;     // (length) C, or null
   const void* constants;  // (rows) GradientConstants<C>; with `shared`, one for all rows
   bool shared;
-  double* dweight;        // (length) running totals, or null: no parameter gradients
-  double* dbias;          // (length)
-  void* scratch;          // 2 * padded(length) C: sums of up to 64 rows, zero before the first and after the last
-  std::int64_t done;      // rows of this chunk before these, a multiple of kRowBlock
-  bool last;              // these end the chunk
+  double* dweight;    // (length) running totals, or null: no parameter gradients
+  double* dbias;      // (length)
+  void* scratch;      // 2 * padded(length) C: sums of up to 64 rows, zero before the first and after the last
+  std::int64_t done;  // rows of this chunk before these, a multiple of kRowBlock
+  bool last;          // these end the chunk
 };
 
 // Whole rows of a backward: sums and gradients, kRowBlock rows at a time.
@@ -133,8 +133,8 @@ struct ColumnApply {
   void* const* y;
   std::int64_t rows, columns;
   const void *mean, *rstd, *rstd_low, *shift;  // (columns) C
-  const void* scale;                // (columns) C, or null: all 1
-  const void *weight, *bias;        // (columns) C, or with per_row (rows) C; never null (1 and -0 change no bit)
+  const void* scale;                           // (columns) C, or null: all 1
+  const void *weight, *bias;  // (columns) C, or with per_row (rows) C; never null (1 and -0 change no bit)
   bool per_row;
 };
 
@@ -153,9 +153,9 @@ struct ColumnGradient {
   const void* const* dy;
   void* const* dx;
   std::int64_t rows, columns;
-  const void* weight;                                        // (rows) C
+  const void* weight;                                                       // (rows) C
   const void *mean, *rstd, *shift, *minus_mean_g, *minus_mean_gx, *factor;  // (columns) C
-  double *dweight, *dbias;                                   // (rows) running totals over the columns, or null
+  double *dweight, *dbias;  // (rows) running totals over the columns, or null
 };
 
 // ---- the table ---------------------------------------------------------------------------------------------------

@@ -156,8 +156,9 @@ void norm_forward(const Args& args) {
   const bool running = args.running_mean.data != nullptr && args.plan.elements > 0;
   const Buffer buffer(running ? args.plan.statistics * static_cast<std::int64_t>(sizeof(ExactStatistic)) : 0);
   ExactStatistic* exact = running ? buffer.as<ExactStatistic>() : nullptr;
-  const Problem problem{args,        args.plan, kernels(args.dtype), weight.data(), bias.data(), mean.data(),
-                        rstd.data(), nullptr,   exact,               nullptr,       nullptr};
+  const Problem problem{
+      args,    args.plan, kernels(args.dtype), weight.data(), bias.data(), mean.data(), rstd.data(), nullptr, exact,
+      nullptr, nullptr};
   with_compute(args.dtype, [&](auto c) {
     using C = decltype(c);
     forward<C>(problem);
@@ -222,8 +223,10 @@ void batch_norm_inference(const Args& args) {
       rstd[i] = static_cast<C>(exact);
       rstd_low[i] = static_cast<C>(exact - static_cast<double>(rstd[i]));
     }
-    const Problem problem{args,    args.plan, kernels(args.dtype), weight.data(), bias.data(), const_cast<void*>(mean.data()),
-                          rstd,    rstd_low,  nullptr,             nullptr,       nullptr};
+    const Problem problem{args,          args.plan,   kernels(args.dtype),
+                          weight.data(), bias.data(), const_cast<void*>(mean.data()),
+                          rstd,          rstd_low,    nullptr,
+                          nullptr,       nullptr};
     args.plan.work == Work::rows ? rows_inference<C>(problem) : columns_inference<C>(problem);
   });
 }

@@ -91,7 +91,8 @@ void pack(const Loop& loop, const char* strided, std::int64_t first, std::int64_
   }
 }
 
-void unpack(const Loop& loop, char* strided, std::int64_t first, std::int64_t count, std::int64_t size, const char* in) {
+void unpack(const Loop& loop, char* strided, std::int64_t first, std::int64_t count, std::int64_t size,
+            const char* in) {
   if (size == 2) {
     unpack_elements<std::uint16_t>(loop, strided, first, count, in);
   } else if (size == 4) {
@@ -128,8 +129,8 @@ const void* const* InputLines::get(std::int64_t first_line, std::int64_t step, s
 OutputLines::OutputLines(const Layout& layout, void* base, DType dtype)
     : layout_(layout), base_(static_cast<char*>(base)), size_(size(dtype)) {}
 
-void* const* OutputLines::get(std::int64_t first_line, std::int64_t step, std::int64_t count, std::int64_t first_element,
-                              std::int64_t length) {
+void* const* OutputLines::get(std::int64_t first_line, std::int64_t step, std::int64_t count,
+                              std::int64_t first_element, std::int64_t length) {
   first_line_ = first_line;
   step_ = step;
   count_ = count;

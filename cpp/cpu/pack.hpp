@@ -33,7 +33,20 @@ class Buffer {
 
 // Buffers that live as long as their thread. A slot is in use by one object at a time.
 enum class Slot {
-  x_table, x_lines, dy_table, dy_lines, y_table, y_lines, offsets, sums, columns, folded, constants, ones, zeros, count
+  x_table,
+  x_lines,
+  dy_table,
+  dy_lines,
+  y_table,
+  y_lines,
+  offsets,
+  sums,
+  columns,
+  folded,
+  constants,
+  ones,
+  zeros,
+  count
 };
 Buffer& thread_buffer(Slot slot);
 

@@ -84,7 +84,8 @@ class RowDriver {
   void backward() const {
     if (plan_.affine == Affine::per_statistic) {
       backward_per_statistic();
-    } else if (segments_.count() == 1 && plan_.lines_per_statistic == 1 && chunks() >= smaller(8, 2 * get_num_threads())) {
+    } else if (segments_.count() == 1 && plan_.lines_per_statistic == 1 &&
+               chunks() >= smaller(8, 2 * get_num_threads())) {
       backward_whole_rows();
     } else {
       backward_in_phases();
@@ -292,9 +293,7 @@ class RowDriver {
 
   // dweight and dbias are summed over fixed chunks of rows, then over chunks in index order. 128 rows make 8 chunks;
   // from 512 rows a chunk on, the partial sums (16 bytes a column) are below 1 % of x.
-  std::int64_t chunk_rows() const {
-    return larger(16, smaller(512, ceil_div(ceil_div(plan_.outer, 32), 16) * 16));
-  }
+  std::int64_t chunk_rows() const { return larger(16, smaller(512, ceil_div(ceil_div(plan_.outer, 32), 16) * 16)); }
   std::int64_t chunks() const { return ceil_div(plan_.outer, chunk_rows()); }
 
   // f(chunk, dweight, dbias) in parallel pieces of `per_chunk`; partial sums are added to the totals.
@@ -390,33 +389,34 @@ class RowDriver {
 
     const std::int64_t tile = smaller(plan_.inner, 8192);  // x, dy, dx of 8 rows of a tile: 768 KB
     const std::int64_t tiles = ceil_div(plan_.inner, tile), runs = plan_.lines_per_statistic;
-    with_partials(runs * tiles, p_.bytes(3), [&](std::int64_t chunk, std::int64_t part, double* dweight, double* dbias) {
-      const std::int64_t run = part / tiles, column = part % tiles * tile;
-      const std::int64_t length = smaller(tile, plan_.inner - column), element = run * plan_.inner + column;
-      const std::int64_t first = chunk * chunk_rows(), rows = smaller(chunk_rows(), plan_.outer - first);
-      InputLines x = x_lines(), dy = dy_lines();
-      OutputLines dx = y_lines();
-      RowGradient a{};
-      a.length = length;
-      a.weight = at(p_.weight, element);
-      a.dweight = dweight == nullptr ? nullptr : dweight + element;
-      a.dbias = dbias == nullptr ? nullptr : dbias + element;
-      zero(a.dweight, length);
-      zero(a.dbias, length);
-      a.scratch = zero_scratch(length);
-      for (std::int64_t i = 0; i < rows; i += kRowBlock) {
-        a.rows = smaller(kRowBlock, rows - i);
-        const std::int64_t line = (first + i) * runs + run;
-        a.x = x.get(line, runs, a.rows, column, length);
-        a.dy = dy.get(line, runs, a.rows, column, length);
-        a.dx = dx.get(line, runs, a.rows, column, length);
-        a.constants = constants + first + i;
-        a.done = i;
-        a.last = i + a.rows == rows;
-        p_.kernels.row_gradient(a);
-        dx.finish();
-      }
-    });
+    with_partials(
+        runs * tiles, p_.bytes(3), [&](std::int64_t chunk, std::int64_t part, double* dweight, double* dbias) {
+          const std::int64_t run = part / tiles, column = part % tiles * tile;
+          const std::int64_t length = smaller(tile, plan_.inner - column), element = run * plan_.inner + column;
+          const std::int64_t first = chunk * chunk_rows(), rows = smaller(chunk_rows(), plan_.outer - first);
+          InputLines x = x_lines(), dy = dy_lines();
+          OutputLines dx = y_lines();
+          RowGradient a{};
+          a.length = length;
+          a.weight = at(p_.weight, element);
+          a.dweight = dweight == nullptr ? nullptr : dweight + element;
+          a.dbias = dbias == nullptr ? nullptr : dbias + element;
+          zero(a.dweight, length);
+          zero(a.dbias, length);
+          a.scratch = zero_scratch(length);
+          for (std::int64_t i = 0; i < rows; i += kRowBlock) {
+            a.rows = smaller(kRowBlock, rows - i);
+            const std::int64_t line = (first + i) * runs + run;
+            a.x = x.get(line, runs, a.rows, column, length);
+            a.dy = dy.get(line, runs, a.rows, column, length);
+            a.dx = dx.get(line, runs, a.rows, column, length);
+            a.constants = constants + first + i;
+            a.done = i;
+            a.last = i + a.rows == rows;
+            p_.kernels.row_gradient(a);
+            dx.finish();
+          }
+        });
   }
 
   const Problem& p_;

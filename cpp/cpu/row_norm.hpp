@@ -294,7 +294,8 @@ LANENORM_INLINE void apply_line(const char* x, char* y, std::int64_t length, con
   for_vectors<V, 2>(length, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
     V v = load<T, V>(x + i * static_cast<std::int64_t>(sizeof(T)), part);
     if constexpr (kScaled) v = v * scale;
-    store<T>(affine(normalize(v, mean, rstd, rstd_low, shift), i, part), y + i * static_cast<std::int64_t>(sizeof(T)), part);
+    store<T>(affine(normalize(v, mean, rstd, rstd_low, shift), i, part), y + i * static_cast<std::int64_t>(sizeof(T)),
+             part);
   });
 }
 
@@ -386,9 +387,8 @@ void row_forward(const RowForward& a) {
       for (std::int64_t r = 0; r < step; ++r) {
         const char* x = static_cast<const char*>(a.x[start + r]);
         double count = static_cast<double>(a.length);
-        const Moments<double> m =
-            single ? superblock_moments<V, D>(Adjacent<T, V, false>{x, V::zero()}, e, pivot[r])
-                   : line_moments<T, V, D, false>(x, a.length, V::zero(), &count);
+        const Moments<double> m = single ? superblock_moments<V, D>(Adjacent<T, V, false>{x, V::zero()}, e, pivot[r])
+                                         : line_moments<T, V, D, false>(x, a.length, V::zero(), &count);
         const Statistic<S> s = out_of_range<S>(m.m2, count, a.eps) ? redo_row<T, V, D>(x, a.length, m.m2, a.eps)
                                                                    : finish<S>(m, count, a.eps);
         normalizer[r] = s.normalizer;
@@ -416,7 +416,7 @@ struct SumLanes {
 // Not inlined: 16 tails, several callers.
 template <class T, class V, class D, bool kWeight>
 [[gnu::noinline]] void line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
-                               V mean, V rstd, D* total) {
+                                 V mean, V rstd, D* total) {
   using S = typename V::Scalar;
   constexpr std::int64_t kLanes = V::kLanes;
   constexpr std::int64_t kBytes = sizeof(T);
@@ -475,8 +475,9 @@ LANENORM_INLINE GradientSums runs_sums(const void* const* x, const void* const* 
 template <class T, class V, class D>
 PieceSums row_sums(const RowSums& a) {
   using S = typename V::Scalar;
-  const GradientSums sums = runs_sums<T, V, D>(a.x, a.dy, a.runs, a.length, a.weight,
-                                               V::broadcast(static_cast<S>(a.mean)), V::broadcast(static_cast<S>(a.rstd)));
+  const GradientSums sums =
+      runs_sums<T, V, D>(a.x, a.dy, a.runs, a.length, a.weight, V::broadcast(static_cast<S>(a.mean)),
+                         V::broadcast(static_cast<S>(a.rstd)));
   return {sums.g, sums.gt, sums.t};
 }
 
@@ -498,8 +499,8 @@ LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, 
       g[r] = load<T, V>(dy[r] + i * kBytes, part);
       xhat[r] = normalize(load<T, V>(x[r] + i * kBytes, part), V::broadcast(k.mean), V::broadcast(k.rstd),
                           V::broadcast(k.shift));
-      store<T>(input_gradient(g[r], w, xhat[r], V::broadcast(k.minus_mean_g),
-                              V::broadcast(k.minus_mean_gx), V::broadcast(k.factor)),
+      store<T>(input_gradient(g[r], w, xhat[r], V::broadcast(k.minus_mean_g), V::broadcast(k.minus_mean_gx),
+                              V::broadcast(k.factor)),
                dx[r] + i * kBytes, part);
     }
     if constexpr (kParameters) {
@@ -566,8 +567,8 @@ void row_backward(const RowBackward& a) {
   const S* mean = static_cast<const S*>(a.mean);
   const S* rstd = static_cast<const S*>(a.rstd);
   GradientConstants<S> constants[kRowBlock];
-  const RowGradient block{a.x,       a.dy,  a.dx,      a.rows,   a.length, a.weight,
-                          constants, false, a.dweight, a.dbias, a.scratch, a.done, a.last};
+  const RowGradient block{a.x,   a.dy,      a.dx,    a.rows,    a.length, a.weight, constants,
+                          false, a.dweight, a.dbias, a.scratch, a.done,   a.last};
   for (std::int64_t first = 0; first < a.rows; first += kRowBlock) {
     const std::int64_t rows = a.rows - first < kRowBlock ? a.rows - first : kRowBlock;
     for (std::int64_t r = 0; r < rows; ++r) {

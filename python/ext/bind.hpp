@@ -9,9 +9,12 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <chrono>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -124,14 +127,37 @@ inline double number_of(const char* operation, const char* name, const py::handl
 // Releasing and taking the GIL costs 60 ns; below this many elements (about 5 us of work) it is kept.
 inline constexpr std::int64_t kKeepGil = 16384;
 
+inline bool interpreter_is_ending() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
+// A daemon thread that comes back while the interpreter ends may not have the GIL: before Python 3.14 it would be
+// unwound in the middle of C++. It sleeps until the process is gone, as Python 3.14 makes it do.
+inline void take_gil(PyThreadState* thread) {
+  while (interpreter_is_ending()) std::this_thread::sleep_for(std::chrono::hours(1));
+  PyEval_RestoreThread(thread);
+}
+
+// Not pybind11's gil_scoped_release: its destructor ends the process where that unwinding passes.
 template <class F>
 void run(const lanenorm::Args& args, F&& operation) {
   if (args.plan.elements < kKeepGil) {
     operation(args);
-  } else {
-    const py::gil_scoped_release release;
-    operation(args);
+    return;
   }
+  PyThreadState* thread = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    operation(args);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  take_gil(thread);
+  if (error) std::rethrow_exception(error);
 }
 
 // y, or dx: `out` where it was given.
@@ -183,8 +209,8 @@ std::pair<typename Device::Array, typename Device::Array> parameter_gradients(co
 }
 
 template <class Device, class F>
-py::tuple gradients(const Argument<Device>& x, const OptionalArgument<Device>& weight, const OptionalArgument<Device>& out,
-                    bool param_grads, lanenorm::Args* args, F&& operation) {
+py::tuple gradients(const Argument<Device>& x, const OptionalArgument<Device>& weight,
+                    const OptionalArgument<Device>& out, bool param_grads, lanenorm::Args* args, F&& operation) {
   auto dx = output(x, out, args);
   if (!param_grads) {
     run(*args, operation);
@@ -255,8 +281,9 @@ struct Operations {
     return std::move(y);
   }
 
-  static py::tuple batch_norm_forward(Object x_, Object weight_, Object bias_, Object running_mean_, Object running_var_,
-                                      Object momentum, Object channel_axis, Object eps, Object out_) {
+  static py::tuple batch_norm_forward(Object x_, Object weight_, Object bias_, Object running_mean_,
+                                      Object running_var_, Object momentum, Object channel_axis, Object eps,
+                                      Object out_) {
     const char* name = "batch_norm_forward";
     const auto x = argument<Device>(name, "x", x_);
     const auto weight = optional_argument<Device>(name, "weight", weight_);
@@ -266,8 +293,8 @@ struct Operations {
     const auto out = optional_argument<Device>(name, "out", out_);
     if (momentum.is_none()) lanenorm::errors::no_momentum(name);
     lanenorm::Args args;
-    lanenorm::check_batch_norm_forward(name, x.view, weight.view(), bias.view(), running_mean.view(), running_var.view(),
-                                       number_of(name, "momentum", momentum),
+    lanenorm::check_batch_norm_forward(name, x.view, weight.view(), bias.view(), running_mean.view(),
+                                       running_var.view(), number_of(name, "momentum", momentum),
                                        axis_of(name, "channel_axis", channel_axis, kInt), number_of(name, "eps", eps),
                                        out.view(), &args);
     auto y = output(x, out, &args);
@@ -292,9 +319,10 @@ struct Operations {
   }
 
  private:
-  static std::pair<Argument<Device>, OptionalArgument<Device>> layer_norm_args(const char* name, Object x_, Object weight_,
-                                                                               Object bias_, Object axis, Object eps,
-                                                                               Object out_, lanenorm::Args* args) {
+  static std::pair<Argument<Device>, OptionalArgument<Device>> layer_norm_args(const char* name, Object x_,
+                                                                               Object weight_, Object bias_,
+                                                                               Object axis, Object eps, Object out_,
+                                                                               lanenorm::Args* args) {
     auto x = argument<Device>(name, "x", x_);
     const auto weight = optional_argument<Device>(name, "weight", weight_);
     const auto bias = optional_argument<Device>(name, "bias", bias_);

@@ -21,8 +21,11 @@ struct Cpu {
   static lanenorm::View view(const Array& array, lanenorm::DType dtype) {
     static_assert(sizeof(py::ssize_t) == sizeof(std::int64_t));
     const bool writable = array.writeable();
-    return {const_cast<void*>(array.data()), dtype, static_cast<int>(array.ndim()),
-            reinterpret_cast<const std::int64_t*>(array.shape()), reinterpret_cast<const std::int64_t*>(array.strides()),
+    return {const_cast<void*>(array.data()),
+            dtype,
+            static_cast<int>(array.ndim()),
+            reinterpret_cast<const std::int64_t*>(array.shape()),
+            reinterpret_cast<const std::int64_t*>(array.strides()),
             writable};
   }
 
