@@ -13,6 +13,7 @@ from cases import (
     LAYOUTS,
     LONG_COUNTS,
     SMALL_COUNTS,
+    around,
     at_byte,
     by_dtype,
     check_forward,
@@ -20,6 +21,7 @@ from cases import (
     constant,
     hard_makers,
     innermost,
+    log_normal,
     matrix,
     normal,
     ordinary_makers,
@@ -27,7 +29,9 @@ from cases import (
     packed,
     parameter_dtypes,
     parameters,
+    ramp,
     scaled_makers,
+    step,
     sweep_groups,
 )
 from reference import check
@@ -96,6 +100,17 @@ def test_layer_norm_accuracy_small_counts(rng, dtype):
 @by_dtype
 def test_layer_norm_accuracy_border_counts(rng, dtype, count):
     check_sweep(rng, dtype, count)
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["columns", "rows"])
+@pytest.mark.parametrize("maker", [step, ramp, log_normal, around(1e6)], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda d: d.name)
+def test_layer_norm_accuracy_over_many_slices(rng, dtype, maker, axis):
+    """A thousand draws of the data that is hardest on a pivot: the worst case is rare."""
+    for count in (3, 8, 16, 24, 32, 63, 64, 100, 128):
+        x = maker(rng, 1000, count, dtype).astype(dtype)
+        x = np.ascontiguousarray(x if axis == 1 else x.T)
+        check_layer_norm(x, normal(rng, x.shape, dtype), axis=axis, context=f"{maker.__name__} count={count}")
 
 
 @pytest.mark.parametrize("count", LONG_COUNTS)

@@ -190,7 +190,7 @@ class ColumnDriver {
   void tile_moments(const Tile& t, std::int64_t s, double* moments, bool wide = false, double scale = 1.0) const {
     InputLines x = x_lines();
     Buffer& scratch = thread_buffer(Slot::sums);
-    scratch.reserve(4 * padded(t.columns) * 8);
+    scratch.reserve(3 * padded(t.columns) * 8);
     ColumnMoments a;
     a.rows = segment_rows(s);
     a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);

@@ -101,7 +101,7 @@ struct ColumnMoments {
   std::int64_t rows, columns;
   double scale;     // x is multiplied by it (redo only)
   double* moments;  // (4, padded(columns))
-  void* scratch;    // 4 * padded(columns) C, or doubles in the wide kernel
+  void* scratch;    // 3 * padded(columns) doubles
 };
 
 // Moments of pieces of count_a and count_b rows joined into `a`; a comes first.
