@@ -160,9 +160,10 @@ LANENORM_INLINE V sum_of_squares(const V* v) {
 }
 
 // One block of N vectors d = x - pivot, the last of them `last` (Full or Part: masked lanes are 0 and do not count).
-// x(i, Full or Part) loads vector i. lane_mean receives the means.
+// x(i, Full or Part) loads vector i. lane_mean receives the means; rest, where it is given, what their rounding left:
+// the sum of d - lane_mean.
 template <int N, class V, class X, class Last>
-LANENORM_INLINE Lanes<V> block(const X& x, V pivot, Last last, V* lane_mean) {
+LANENORM_INLINE Lanes<V> block(const X& x, V pivot, Last last, V* lane_mean, V* rest = nullptr) {
   using S = typename V::Scalar;
   constexpr bool kMasked = sizeof(Last) == sizeof(Part);
   V d[N];
@@ -179,6 +180,7 @@ LANENORM_INLINE Lanes<V> block(const X& x, V pivot, Last last, V* lane_mean) {
   for (int i = 0; i < N - 1; ++i) d[i] = d[i] - mean;
   d[N - 1] = keep_part(d[N - 1] - mean, last);
   lanes.m2 = sum_of_squares<N>(d);
+  if (rest != nullptr) *rest = tree<N>(d);
   *lane_mean = mean;
   return lanes;
 }

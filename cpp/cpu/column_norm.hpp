@@ -67,12 +67,15 @@ struct ColumnState {
   double *sum, *m2;
 };
 
-// Block k (N rows) joins the k full blocks above it, in double: a column has one lane where a row has sixteen whose
-// rounding errors average out. In float32, 30 rows with a step between blocks reached 5.4 u of the normalized value.
+// Block k (N rows) joins the k full blocks above it, in double, with the rounding of its mean mended: a column has one
+// lane where a row has sixteen whose rounding errors average out. In float32 alone, columns with a step between blocks
+// reached 5.8 u of the normalized value.
 template <int N, class V, class D>
-LANENORM_INLINE void join_block(const Lanes<V>& next, int k, double* sum, double* m2) {
+LANENORM_INLINE void join_block(V mean, V rest, V m2_about_mean, int k, double* sum, double* m2) {
   for (int part = 0; part < V::kWide; ++part, sum += D::kLanes, m2 += D::kLanes) {
-    D s = next.sum.wide(part), q = next.m2.wide(part);
+    const D r = rest.wide(part);
+    D s = fma(mean.wide(part), D::broadcast(N), r);
+    D q = fma(negate(r * r), D::broadcast(1.0 / N), m2_about_mean.wide(part));
     if (k > 0) {
       const D before = load_lanes<D>(sum);
       const D delta = s * D::broadcast(1.0 / N) - before * D::broadcast(1.0 / (kBlock * k));
@@ -90,14 +93,15 @@ LANENORM_INLINE void column_block(const char* const* lines, std::int64_t columns
                                   const ColumnState<typename V::Scalar>& state) {
   const auto one = [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const RowsOfColumn<T, V, kScaled, decltype(part)> x{lines, j * static_cast<std::int64_t>(sizeof(T)), scale, part};
-    V pivot, mean;
+    V pivot, mean, rest;
     if (k == 0) {
       pivot = column_pivot<N, V>(x);
       store_lanes(pivot, state.pivot + j);
     } else {
       pivot = load_lanes<V>(state.pivot + j);
     }
-    join_block<N, V, D>(block<N, V>(x, pivot, Full{}, &mean), k, state.sum + j, state.m2 + j);
+    const Lanes<V> lanes = block<N, V>(x, pivot, Full{}, &mean, &rest);
+    join_block<N, V, D>(mean, rest, lanes.m2, k, state.sum + j, state.m2 + j);
   };
   std::int64_t j = 0;
   for (; j + V::kLanes <= columns; j += V::kLanes) one(j, Full{});
