@@ -401,7 +401,7 @@ class ColumnDriver {
   // sums: one block of 3 arrays per segment, `stride` doubles apart. Fills the constants and, for BN, dweight, dbias.
   void finish_gradients(const Tile& t, double* sums, std::int64_t stride, Gradients* g) const {
     const std::int64_t pitch = padded(t.columns);
-    for (std::int64_t s = 1; s < segments_; ++s) add_partials(sums + s * stride, 1, 3 * pitch, sums);
+    for (std::int64_t s = 1; s < segments_; ++s) add_partials(sums + s * stride, 3 * pitch, sums);
     const bool per_statistic = plan_.affine == Affine::per_statistic;
     const C* weight = per_statistic && p_.weight != nullptr ? static_cast<const C*>(p_.weight) + t.statistic : nullptr;
     for (std::int64_t s = 0; s < t.statistics; ++s) {
@@ -508,8 +508,8 @@ class ColumnDriver {
       }
     });
     for (std::int64_t piece = 0; piece < pieces; ++piece) {
-      add_partials(partials + piece * 2 * rows_, 1, rows_, p_.dweight);
-      add_partials(partials + piece * 2 * rows_ + rows_, 1, rows_, p_.dbias);
+      add_partials(partials + piece * 2 * rows_, rows_, p_.dweight);
+      add_partials(partials + piece * 2 * rows_ + rows_, rows_, p_.dbias);
     }
   }
 

@@ -7,8 +7,9 @@
 // stays in cache between the two. Backward 5s and 3s. Within a pass 8 lines are read side by side, one block at a
 // time; the state of a superblock (pivot, sum, m2 per column) lives in L1 meanwhile.
 //
-// The block is 8 rows, the superblock 64 rows with a pivot per column from its first block, else as in blocks.hpp;
-// the superblocks of a piece are merged in order, in double.
+// The order of operations, where it differs from blocks.hpp: a block is 8 rows, a superblock 64 rows with a pivot per
+// column from its first block. Blocks join in double (join_block), superblocks of a piece are merged in index order,
+// pieces as a binary tree of neighbours (column_driver.cpp).
 #pragma once
 
 #include <cstdint>

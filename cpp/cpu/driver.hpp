@@ -58,12 +58,9 @@ constexpr std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a
 // and 128 rows of 768 still make 6 pieces.
 inline constexpr std::int64_t kPieceElements = 16384;
 
-// Partial sums of `parts` pieces of `count` doubles each, added in index order.
-inline void add_partials(const double* partials, std::int64_t parts, std::int64_t count, double* totals) {
-  for (std::int64_t part = 0; part < parts; ++part) {
-    const double* p = partials + part * count;
-    for (std::int64_t i = 0; i < count; ++i) totals[i] += p[i];
-  }
+// The sums of one piece join the totals; callers go through pieces in index order.
+inline void add_partials(const double* partials, std::int64_t count, double* totals) {
+  for (std::int64_t i = 0; i < count; ++i) totals[i] += partials[i];
 }
 
 }  // namespace lanenorm
