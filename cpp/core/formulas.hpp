@@ -80,6 +80,12 @@ LANENORM_INLINE double redo_scale<double>(double m2) {
   return finite(m2) ? 0x1p+600 : 0x1p-600;
 }
 
+LANENORM_INLINE double sqrt(double a) { return __builtin_sqrt(a); }
+template <class C>
+LANENORM_INLINE double rounded(double a) {  // to C
+  return static_cast<double>(static_cast<C>(a));
+}
+
 // pivot + (sum + low) / count as high + low. For float64 the quotient gets its remainder too: where the pivot is far
 // from the mean (an outlier first) its rounding alone would cost 2 u, and exact means would not stay exact.
 template <class C, class D>
@@ -92,19 +98,36 @@ LANENORM_INLINE Pair<D> mean_of(const Moments<D>& m, D count) {
   return two_sum(mean.high, mean.low + rest);
 }
 
-// mean, rstd = 1/sqrt(var + eps) with var = m2 / count, in double and rounded once.
+// Mean, rstd = 1/sqrt(var + eps) with var = m2 / count, and what rounding them to C took, all in D.
+template <class D>
+struct Finished {
+  Pair<D> exact_mean;
+  D variance;
+  D mean, rstd, rstd_low, shift;  // as in Normalizer
+};
+
+template <class C, class D>
+LANENORM_INLINE Finished<D> finish(const Moments<D>& m, D count, D eps, D one) {
+  Finished<D> f;
+  f.variance = m.m2 / count;
+  const D rstd = one / sqrt(f.variance + eps);
+  f.exact_mean = mean_of<C>(m, count);
+  f.mean = rounded<C>(f.exact_mean.high);
+  f.rstd = rounded<C>(rstd);
+  f.rstd_low = rstd - f.rstd;
+  f.shift = negate((f.exact_mean.high - f.mean) + f.exact_mean.low) * rstd;
+  return f;
+}
+
 template <class C>
 LANENORM_INLINE Statistic<C> finish(const Moments<double>& m, double count, double eps) {
-  const double rstd = 1.0 / __builtin_sqrt(m.m2 / count + eps);
-  const Pair<double> mean = mean_of<C>(m, count);
+  const Finished<double> f = finish<C, double>(m, count, eps, 1.0);
   Statistic<C> s;
-  s.exact_mean = mean;
-  s.variance = m.m2 / count;
-  s.mean = s.normalizer.mean = static_cast<C>(mean.high);
-  s.rstd = s.normalizer.rstd = static_cast<C>(rstd);
-  s.normalizer.rstd_low = static_cast<C>(rstd - static_cast<double>(s.rstd));
-  s.normalizer.shift = static_cast<C>(-((mean.high - static_cast<double>(s.mean)) + mean.low) * rstd);
-  s.normalizer.scale = C(1);
+  s.exact_mean = f.exact_mean;
+  s.variance = f.variance;
+  s.mean = static_cast<C>(f.mean);
+  s.rstd = static_cast<C>(f.rstd);
+  s.normalizer = {s.mean, s.rstd, static_cast<C>(f.rstd_low), static_cast<C>(f.shift), C(1)};
   return s;
 }
 
@@ -155,20 +178,38 @@ struct GradientConstants {
   C factor;  // rstd, or rstd * weight where weight belongs to the statistic
 };
 
+template <class D>
+struct GradientTerms {
+  D gx;  // sum(g * xhat): dweight of BN
+  D minus_low, minus_mean_g, minus_mean_gx;
+};
+
+template <class D>
+LANENORM_INLINE GradientTerms<D> gradient_terms(D g, D gt, D t, D count) {
+  GradientTerms<D> terms;
+  terms.minus_low = negate(t / count);
+  terms.gx = fma(terms.minus_low, g, gt);
+  terms.minus_mean_g = negate(g / count);
+  terms.minus_mean_gx = negate(terms.gx / count);
+  return terms;
+}
+
 template <class C>
 LANENORM_INLINE GradientConstants<C> finish_gradient(const GradientSums& sums, double count, C mean, C rstd,
                                                      double weight, bool training, double* dweight) {
-  GradientConstants<C> c;
-  const double low = training ? sums.t / count : 0.0;
-  const double gx = sums.gt - low * sums.g;
-  c.mean = mean;
-  c.rstd = rstd;
-  c.shift = static_cast<C>(-low);
-  c.minus_mean_g = static_cast<C>(training ? -sums.g / count : 0.0);
-  c.minus_mean_gx = static_cast<C>(training ? -gx / count : 0.0);
-  c.factor = static_cast<C>(static_cast<double>(rstd) * weight);
-  *dweight = gx;
-  return c;
+  const C factor = static_cast<C>(static_cast<double>(rstd) * weight);
+  if (!training) {  // frozen statistics: dx = dy * factor
+    *dweight = sums.gt;
+    return {mean, rstd, C(0), C(0), C(0), factor};
+  }
+  const GradientTerms<double> terms = gradient_terms(sums.g, sums.gt, sums.t, count);
+  *dweight = terms.gx;
+  return {mean,
+          rstd,
+          static_cast<C>(terms.minus_low),
+          static_cast<C>(terms.minus_mean_g),
+          static_cast<C>(terms.minus_mean_gx),
+          factor};
 }
 
 }  // namespace LANENORM_ISA

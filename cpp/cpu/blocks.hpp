@@ -1,16 +1,25 @@
-// Moments of blocks of vectors: the arithmetic that rows and columns share. THE ORDER OF OPERATIONS STATED HERE IS THE
-// PROMISE OF EQUAL BITS: the same on every ISA, for any thread count and any layout of the same shape.
+// Moments of runs: the arithmetic that rows and columns share. THE ORDER OF OPERATIONS STATED HERE IS THE PROMISE OF
+// EQUAL BITS: the same on every ISA, for any thread count and any layout of the same shape.
 //
 //   vector      16 float (8 double) virtual lanes. Masked lanes are never loaded and do not count.
-//   block       8 vectors, an exact two-pass in registers: lane sums as the tree ((0+1)+(2+3))+((4+5)+(6+7)),
-//               lane mean, lane m2 as two chains (even and odd vectors).
-//   superblock  8 blocks, merged lane by lane in order (Chan, Golub, LeVeque 1983). A lane keeps sum(d) and m2 of
+//   block       8 consecutive vectors of a run, an exact two-pass in registers: lane sums as the tree
+//               ((0+1)+(2+3))+((4+5)+(6+7)), lane mean, lane m2 as two chains (even and odd vectors).
+//   superblock  up to 8 blocks, merged lane by lane in order (Chan, Golub, LeVeque 1983). A lane keeps sum(d) and m2 of
 //               d = x - pivot; its mean appears only in Chan's delta, so sums that are exact stay exact.
 //   pivot       of a superblock: x0 + mean over its first block of (x - x0), the mean divided by the power of two not
 //               below the number of values and rounded to 2^-8 of mean |x - x0|: near enough to the mean that
 //               d carries no large common part, coarse enough that d of integers are exact. (x0 alone: 51 u where x0
 //               is an outlier; no pivot: 8e-2 at mean/std = 1e6.)
-//   fold        16 lanes in double, halves onto each other, then superblocks as a binary tree (core/moments.hpp).
+//
+// float32 (and 16-bit) data. Superblocks consist of full blocks. Each is brought to the pivot of its piece, the piece's
+// first element, in double: sum(d) and sum(d^2) per lane (PivotSums). What is left of a run, less than a block, is
+// swept in double at once. Then lane i + lane i + 8, and lanes by halving. Double makes the second pivot unnecessary:
+// (x0 - mean)^2 is one term of m2, so sum(d^2) <= (n + 1) m2, and m2 = sum(d^2) - sum(d)^2 / n keeps a relative error
+// below n * 2^-53 * (length of a chain): 1e-9 for the 65536 elements of a piece. (All of it in double: as exact and
+// shorter, but 1.7 against 1.1 ns a vector.)
+//
+// float64 data. The last block of a run may have fewer vectors, its last vector fewer lanes; lanes are folded by
+// halving, superblocks merged as a binary tree (core/moments.hpp).
 //
 // Cost per block of 8 vectors: 8 loads, 24 additions and subtractions, 8 multiplications or fma, 6 to merge.
 #pragma once
@@ -18,6 +27,7 @@
 #include <cstdint>
 
 #include "core/formulas.hpp"
+#include "core/halves.hpp"
 #include "core/moments.hpp"
 
 namespace lanenorm {
@@ -25,6 +35,14 @@ inline namespace LANENORM_ISA {
 
 inline constexpr int kBlock = 8;        // vectors
 inline constexpr int kSuperblock = 64;  // vectors
+
+// GCC unrolls no loop at -O2, and arrays of registers that are indexed in a loop live in memory: 21 cycles a vector
+// instead of 12.
+#ifdef LANENORM_NO_UNROLL
+#define LANENORM_UNROLL
+#else
+#define LANENORM_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 // All lanes, or the first `lanes` of them.
 struct Full {};
@@ -46,6 +64,19 @@ LANENORM_INLINE void store(V v, char* p, Full) {
 }
 template <class T, class V>
 LANENORM_INLINE void store(V v, char* p, Part part) {
+  v.template store<T>(p, part.lanes);
+}
+// A vector of a line that starts on a cache line, if stream.
+template <class T, class V>
+LANENORM_INLINE void write(V v, char* p, Full, bool stream) {
+  if (stream) {
+    v.template stream<T>(p);
+  } else {
+    v.template store<T>(p);
+  }
+}
+template <class T, class V>
+LANENORM_INLINE void write(V v, char* p, Part part, bool) {
   v.template store<T>(p, part.lanes);
 }
 template <class V>
@@ -70,6 +101,29 @@ LANENORM_INLINE void for_vectors(std::int64_t length, F&& f) {
   }
   for (; i + kLanes <= length; i += kLanes) f(i, Full{});
   if (i < length) f(i, Part{static_cast<int>(length - i)});
+}
+
+// Writes f(element index, Full or Part) to the line y. Streaming starts at a cache line's border; where vectors begin
+// changes no element.
+template <class T, class V, class F>
+LANENORM_INLINE void write_line(char* y, std::int64_t length, bool stream, F&& f) {
+  constexpr std::int64_t kBytes = sizeof(T);
+  if (!stream) {
+    for_vectors<V, 2>(length, [&](std::int64_t i, auto part)
+                                  LANENORM_LAMBDA_INLINE { store<T>(f(i, part), y + i * kBytes, part); });
+    return;
+  }
+  std::int64_t i = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(y) % 64) / kBytes;
+  for (std::int64_t start = 0; start < i && start < length; start += V::kLanes) {
+    const std::int64_t end = i < length ? i : length;
+    const Part part{static_cast<int>(end - start < V::kLanes ? end - start : V::kLanes)};
+    store<T>(f(start, part), y + start * kBytes, part);
+  }
+  for (; i + V::kLanes <= length; i += V::kLanes) f(i, Full{}).template stream<T>(y + i * kBytes);
+  if (i < length) {
+    const Part part{static_cast<int>(length - i)};
+    store<T>(f(i, part), y + i * kBytes, part);
+  }
 }
 
 // A number of vectors or rows known at compile time.
@@ -149,6 +203,7 @@ LANENORM_INLINE V sum_of_squares(const V* v) {
   V even = v[0] * v[0];
   if constexpr (N == 1) return even;
   V odd = v[1] * v[1];
+  LANENORM_UNROLL
   for (int i = 2; i < N; ++i) {
     if (i % 2 == 0) {
       even = fma(v[i], v[i], even);
@@ -160,13 +215,13 @@ LANENORM_INLINE V sum_of_squares(const V* v) {
 }
 
 // One block of N vectors d = x - pivot, the last of them `last` (Full or Part: masked lanes are 0 and do not count).
-// x(i, Full or Part) loads vector i. lane_mean receives the means; rest, where it is given, what their rounding left:
-// the sum of d - lane_mean.
+// x(i, Full or Part) loads vector i. lane_mean receives the means.
 template <int N, class V, class X, class Last>
-LANENORM_INLINE Lanes<V> block(const X& x, V pivot, Last last, V* lane_mean, V* rest = nullptr) {
+LANENORM_INLINE Lanes<V> block(const X& x, V pivot, Last last, V* lane_mean) {
   using S = typename V::Scalar;
   constexpr bool kMasked = sizeof(Last) == sizeof(Part);
   V d[N];
+  LANENORM_UNROLL
   for (int i = 0; i < N - 1; ++i) d[i] = x(i, Full{}) - pivot;
   d[N - 1] = keep_part(x(N - 1, last) - pivot, last);
   Lanes<V> lanes;
@@ -177,15 +232,15 @@ LANENORM_INLINE Lanes<V> block(const X& x, V pivot, Last last, V* lane_mean, V* 
   } else if constexpr (N > 1) {
     mean = lanes.sum * V::broadcast(S(1) / S(N));
   }
+  LANENORM_UNROLL
   for (int i = 0; i < N - 1; ++i) d[i] = d[i] - mean;
   d[N - 1] = keep_part(d[N - 1] - mean, last);
   lanes.m2 = sum_of_squares<N>(d);
-  if (rest != nullptr) *rest = tree<N>(d);
   *lane_mean = mean;
   return lanes;
 }
 
-// Adds a block of `count` values a lane and mean `mean` to `k` full blocks. count is V (ragged) or a plain number.
+// Adds a block of `count` values a lane, not the same in every lane, and mean `mean` to `k` full blocks.
 template <class V>
 LANENORM_INLINE void add_block(Lanes<V>* lanes, int k, const Lanes<V>& next, V mean, V count) {
   using S = typename V::Scalar;
@@ -195,12 +250,17 @@ LANENORM_INLINE void add_block(Lanes<V>* lanes, int k, const Lanes<V>& next, V m
   lanes->m2 = fma(delta * delta, weight, lanes->m2 + next.m2);
   lanes->sum = lanes->sum + next.sum;
 }
+
+// 1 / (8 k) and 8 * 8 k / (8 + 8 k): a full block joins k full blocks.
+inline constexpr double kInverseRows[kBlock] = {0, 1. / 8, 1. / 16, 1. / 24, 1. / 32, 1. / 40, 1. / 48, 1. / 56};
+inline constexpr double kJoinWeight[kBlock] = {0,       64. / 16,  128. / 24, 192. / 32,
+                                               256. / 40, 320. / 48, 384. / 56, 448. / 64};
+
 template <class V>
-LANENORM_INLINE void add_block(Lanes<V>* lanes, int k, const Lanes<V>& next, V mean, int count) {
+LANENORM_INLINE void add_full_block(Lanes<V>* lanes, int k, const Lanes<V>& next, V mean) {
   using S = typename V::Scalar;
-  const V delta = mean - lanes->sum * V::broadcast(S(1) / S(kBlock * k));
-  const V weight = V::broadcast(S(count * kBlock * k) / S(count + kBlock * k));
-  lanes->m2 = fma(delta * delta, weight, lanes->m2 + next.m2);
+  const V delta = mean - lanes->sum * V::broadcast(static_cast<S>(kInverseRows[k]));
+  lanes->m2 = fma(delta * delta, V::broadcast(static_cast<S>(kJoinWeight[k])), lanes->m2 + next.m2);
   lanes->sum = lanes->sum + next.sum;
 }
 
@@ -222,14 +282,28 @@ LANENORM_INLINE S inverse_power_of_two(std::int64_t count) {
   return inverse;
 }
 
-// The pivot of a run of vectors, N of them in its first block. inverse = inverse_power_of_two(values in the block).
+// The first element of a line.
+template <class T, class S>
+LANENORM_INLINE S first_value(const char* p) {
+  T value;
+  __builtin_memcpy(&value, p, sizeof value);
+  if constexpr (sizeof(T) == 2) {
+    return static_cast<S>(widen(value));
+  } else {
+    return static_cast<S>(value);
+  }
+}
+
+// The pivot of a superblock with N vectors in its first block. inverse = inverse_power_of_two(values in the block).
 template <int N, class V, class X, class Last>
 LANENORM_INLINE typename V::Scalar row_pivot(const X& x, Last last, typename V::Scalar x0, typename V::Scalar inverse) {
   using S = typename V::Scalar;
   const V origin = V::broadcast(x0);
   V d[N], magnitude[N];
+  LANENORM_UNROLL
   for (int i = 0; i < N - 1; ++i) d[i] = x(i, Full{}) - origin;
   d[N - 1] = keep_part(x(N - 1, last) - origin, last);
+  LANENORM_UNROLL
   for (int i = 0; i < N; ++i) magnitude[i] = abs(d[i]);
   const S mean = tree<N>(d).fold() * inverse;
   const S mean_absolute = tree<N>(magnitude).fold() * inverse;
@@ -245,7 +319,96 @@ LANENORM_INLINE V at_least_one(V count) {
   return (count + one + abs(count - one)) * V::broadcast(S(0.5));
 }
 
-// ---- fold --------------------------------------------------------------------------------------------------------
+// ---- sums about the pivot of a piece (float32) -------------------------------------------------------------------
+
+// Sums of d and d^2 over a piece, d = x - pivot: parts in the 8 lanes of D.
+template <class D>
+struct PivotSums {
+  D sum, square;
+};
+
+// A vector of 16 elements as two of double; of a Part, 0 where there is none.
+template <class T, class V, class D>
+LANENORM_INLINE void load_wide(const char* p, Full, D* out) {
+  if constexpr (sizeof(T) == 4) {  // converts as it loads
+    out[0] = D::template load<T>(p);
+    out[1] = D::template load<T>(p + 8 * sizeof(T));
+  } else {
+    const V x = V::template load<T>(p);
+    out[0] = x.wide(0);
+    out[1] = x.wide(1);
+  }
+}
+
+template <class T, class V, class D>
+LANENORM_INLINE void load_wide(const char* p, Part part, D* out) {
+  const V x = V::template load<T>(p, part.lanes);
+  out[0] = x.wide(0);
+  out[1] = x.wide(1);
+}
+
+// Vectors of a line, less than a piece, in double.
+template <class T, class V, class D>
+LANENORM_INLINE void add_in_double(const char* x, std::int64_t length, D pivot, PivotSums<D>* sums) {
+  D sum[2] = {D::zero(), D::zero()}, square[2] = {D::zero(), D::zero()};
+  std::int64_t i = 0;
+  for (; i + V::kLanes <= length; i += V::kLanes) {
+    D d[2];
+    load_wide<T, V>(x + i * static_cast<std::int64_t>(sizeof(T)), Full{}, d);
+    LANENORM_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      d[part] = d[part] - pivot;
+      sum[part] = sum[part] + d[part];
+      square[part] = fma(d[part], d[part], square[part]);
+    }
+  }
+  if (i < length) {
+    const int lanes = static_cast<int>(length - i);
+    const V last = V::template load<T>(x + i * static_cast<std::int64_t>(sizeof(T)), lanes);
+    LANENORM_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      const int left = lanes - 8 * part;
+      const D d = keep(last.wide(part) - pivot, left < 0 ? 0 : left > 8 ? 8 : left);
+      sum[part] = sum[part] + d;
+      square[part] = fma(d, d, square[part]);
+    }
+  }
+  sums->sum = sums->sum + (sum[0] + sum[1]);
+  sums->square = sums->square + (square[0] + square[1]);
+}
+
+// A superblock of `count` values a lane about its own pivot joins the sums about the piece's.
+//   sum(x - p) = sum(x - q) + n (q - p),  sum(x - p)^2 = sum(x - q)^2 + (q - p) (sum(x - q) + sum(x - p))
+template <class V, class D>
+LANENORM_INLINE void add_lanes(const Lanes<V>& lanes, double count, double inverse, double shift, PivotSums<D>* sums) {
+  const D inverse_count = D::broadcast(inverse), delta = D::broadcast(shift), moved = D::broadcast(shift * count);
+  D sum[2], square[2];
+  LANENORM_UNROLL
+  for (int part = 0; part < 2; ++part) {
+    const D own = lanes.sum.wide(part);
+    sum[part] = own + moved;
+    square[part] = fma(delta, own + sum[part], fma(own * own, inverse_count, lanes.m2.wide(part)));
+  }
+  sums->sum = sums->sum + (sum[0] + sum[1]);
+  sums->square = sums->square + (square[0] + square[1]);
+}
+
+// Moments from folded sums.
+template <class D>
+LANENORM_INLINE Moments<D> moments_about(D pivot, D sum, D square, D count, D zero) {
+  return {pivot, sum, zero, fma(negate(sum), sum / count, square)};
+}
+
+// A vector rounded to C.
+template <class C>
+LANENORM_INLINE F64x8 rounded(F64x8 a) {
+  if constexpr (sizeof(C) == 8) return a;
+  alignas(64) C values[8];
+  a.template store<C>(values);
+  return F64x8::template load<C>(values);
+}
+
+// ---- fold (float64) ----------------------------------------------------------------------------------------------
 
 // Lanes of `lane_count` values each -> moments of all of them, in double. inverse = 1 / lane_count.
 template <class V, class D>
@@ -254,10 +417,12 @@ LANENORM_INLINE Moments<double> fold_lanes(const Lanes<V>& lanes, typename V::Sc
   const D inverse = D::broadcast(1.0 / lane_count);
   const D n = D::broadcast(lane_count);
   D total = D::zero();
+  LANENORM_UNROLL
   for (int part = 0; part < V::kWide; ++part) total = total + lanes.sum.wide(part);
   const double sum = total.fold();
   const D mean = D::broadcast(sum / count);
   D m2 = D::zero();
+  LANENORM_UNROLL
   for (int part = 0; part < V::kWide; ++part) {
     const D delta = fma(lanes.sum.wide(part), inverse, negate(mean));
     m2 = m2 + fma(delta * delta, n, lanes.m2.wide(part));
@@ -270,11 +435,13 @@ template <class V, class D>
 LANENORM_INLINE Moments<double> fold_ragged(const Lanes<V>& lanes, typename V::Scalar pivot, double count,
                                             V lane_count) {
   D total = D::zero();
+  LANENORM_UNROLL
   for (int part = 0; part < V::kWide; ++part) total = total + lanes.sum.wide(part);
   const double sum = total.fold();
   const D mean = D::broadcast(sum / count);
   const V divisor = at_least_one(lane_count);  // a lane without values has sum 0
   D m2 = D::zero();
+  LANENORM_UNROLL
   for (int part = 0; part < V::kWide; ++part) {
     const D delta = lanes.sum.wide(part) / divisor.wide(part) - mean;
     m2 = m2 + fma(delta * delta, lane_count.wide(part), lanes.m2.wide(part));

@@ -24,10 +24,12 @@ template <class C>
 class ColumnDriver {
  public:
   explicit ColumnDriver(const Problem& p)
-      : p_(p), plan_(p.plan), rows_(p.plan.lines_per_statistic), columns_(p.plan.inner), fold_(p.plan.fold) {
+      : p_(p), plan_(p.plan), rows_(p.plan.lines_per_statistic), columns_(p.plan.inner), fold_(p.plan.fold), stream_(p.stream()) {
     // Whole statistics and whole vectors, so that tiles start on cache lines where lines do: misaligned tiles of 7x7
     // planes took twice the time.
-    const std::int64_t target = larger(128, smaller(kTileColumns, kTileElements / smaller(rows_, kPieceRows)));
+    // Of one segment, x stays in L2 until it is applied; of more it does not, and whole lines are read faster.
+    const std::int64_t target =
+        rows_ > kPieceRows ? kTileColumns : larger(128, smaller(kTileColumns, kTileElements / larger(1, rows_)));
     const std::int64_t unit = std::lcm(fold_, std::int64_t{16});
     tile_ = smaller(columns_, larger(1, target / unit) * unit);
     tiles_ = ceil_div(columns_, tile_);
@@ -185,6 +187,11 @@ class ColumnDriver {
     return buffer.as<C>();
   }
 
+  const C* weight_of_rows(std::int64_t s) const {
+    if (plan_.affine == Affine::per_statistic || p_.weight == nullptr) return nullptr;
+    return static_cast<const C*>(p_.weight) + s * kPieceRows;
+  }
+
   // ---- moments
 
   void tile_moments(const Tile& t, std::int64_t s, double* moments, bool wide = false, double scale = 1.0) const {
@@ -309,6 +316,7 @@ class ColumnDriver {
     a.per_row = plan_.affine == Affine::per_element;
     a.weight = a.per_row ? of_rows(p_.weight, C(1), s) : c.weight;
     a.bias = a.per_row ? of_rows(p_.bias, -C(0), s) : c.bias;
+    a.stream = stream_;
     p_.kernels.column_apply(a);
     y.finish();
   }
@@ -337,8 +345,9 @@ class ColumnDriver {
       }
       scaled.data()[piece] = c.scale != nullptr;
     });
-    parallel_for(tiles * segments_, p_.bytes(2), [&](std::int64_t piece) {
-      const std::int64_t index = piece / segments_;
+    // Backwards: what was read last may still be in the cache.
+    parallel_for(tiles * segments_, p_.bytes(2), [&](std::int64_t backwards) {
+      const std::int64_t piece = tiles * segments_ - 1 - backwards, index = piece / segments_;
       Constants c(1, Slot::constants);
       C* from = kept.as<C>() + index * kConstants * pitch;
       c.mean = from;
@@ -390,7 +399,7 @@ class ColumnDriver {
     a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
     a.dy = dy.get(line(t, s), 1, a.rows, t.first, t.columns);
     a.columns = t.columns;
-    a.weight = of_rows(plan_.affine == Affine::per_element ? p_.weight : nullptr, C(1), s);
+    a.weight = weight_of_rows(s);
     a.mean = g.mean;
     a.rstd = g.rstd;
     a.sums = sums;
@@ -447,7 +456,7 @@ class ColumnDriver {
     a.dy = dy.get(line(t, s), 1, a.rows, t.first, t.columns);
     a.dx = dx.get(line(t, s), 1, a.rows, t.first, t.columns);
     a.columns = t.columns;
-    a.weight = of_rows(plan_.affine == Affine::per_element ? p_.weight : nullptr, C(1), s);
+    a.weight = weight_of_rows(s);
     a.mean = g.mean;
     a.rstd = g.rstd;
     a.shift = g.shift;
@@ -456,6 +465,7 @@ class ColumnDriver {
     a.factor = g.factor;
     a.dweight = dweight == nullptr ? nullptr : dweight + s * kPieceRows;
     a.dbias = dbias == nullptr ? nullptr : dbias + s * kPieceRows;
+    a.stream = stream_;
     p_.kernels.column_gradient(a);
     dx.finish();
   }
@@ -483,8 +493,8 @@ class ColumnDriver {
       Gradients g = gradients_of(index);
       finish_gradients(tile(index), sums + index * segments_ * stride, stride, &g);
     });
-    parallel_for(tiles * segments_, p_.bytes(3), [&](std::int64_t piece) {
-      const std::int64_t index = piece / segments_;
+    parallel_for(tiles * segments_, p_.bytes(3), [&](std::int64_t backwards) {
+      const std::int64_t piece = tiles * segments_ - 1 - backwards, index = piece / segments_;
       gradient(tile(index), piece % segments_, gradients_of(index), nullptr, nullptr);
     });
   }
@@ -516,6 +526,7 @@ class ColumnDriver {
   const Problem& p_;
   const Plan& plan_;
   std::int64_t rows_, columns_, fold_, tile_, tiles_, segments_;
+  bool stream_;
 };
 
 }  // namespace

@@ -3,13 +3,16 @@
 // BN of (N, C) and of channels-last data, LN over a leading or middle axis, BN of small planes (every position of a
 // plane is a column). Formulas as in row_norm.hpp.
 //
-// Passes over memory: moments read x, apply reads x and writes y: 3s, 2s where the driver finds a slab of columns that
-// stays in cache between the two. Backward 5s and 3s. Within a pass 8 lines are read side by side, one block at a
-// time; the state of a superblock (pivot, sum, m2 per column) lives in L1 meanwhile.
+// Passes over memory: moments read x, apply reads x and writes y: 3s, 2s where the driver finds a tile of columns that
+// stays in cache between the two. Backward 5s and 3s. Within a pass 8 lines are read side by side, one vector of columns
+// at a time; what is known of each column (pivot, sums) lives in L1 meanwhile.
 //
-// The order of operations, where it differs from blocks.hpp: a block is 8 rows, a superblock 64 rows with a pivot per
-// column from its first block. Blocks join in double (join_block), superblocks of a piece are merged in index order,
-// pieces as a binary tree of neighbours (column_driver.cpp).
+// The order of operations, where it differs from blocks.hpp:
+//   float32  a column adds d = x - x0 and d^2 row by row, in double, x0 the first row of its piece of kPieceRows rows.
+//            4 cycles a vector, of which the conversions take half. (Blocks in float32, as rows have them, leave up to
+//            4.1 u in columns of 8 rows: a column has one lane where a row has sixteen that average.)
+//   float64  a block is 8 rows, a superblock 64 rows with a pivot per column from its first block.
+// Superblocks of a piece are merged in index order, pieces as a binary tree of neighbours (column_driver.cpp).
 #pragma once
 
 #include <cstdint>
@@ -22,20 +25,6 @@
 namespace lanenorm {
 inline namespace LANENORM_ISA {
 
-// 8 rows of one vector of columns.
-template <class T, class V, bool kScaled, class P>
-struct RowsOfColumn {
-  const char* const* line;
-  std::int64_t offset;  // bytes
-  V scale;
-  P part;  // of the columns; the last vector of a line may be a part
-  LANENORM_INLINE V operator()(std::int64_t row, Full) const {
-    const V x = load<T, V>(line[row] + offset, part);
-    if constexpr (kScaled) return x * scale;
-    return x;
-  }
-};
-
 template <class V, class C>
 LANENORM_INLINE V load_lanes(const C* p) {
   return load<C, V>(reinterpret_cast<const char*>(p), Full{});
@@ -46,68 +35,6 @@ LANENORM_INLINE void store_lanes(V v, C* p) {
 }
 
 // ---- moments -----------------------------------------------------------------------------------------------------
-
-// The pivot of each lane from N rows; divided by 8 also where there are fewer, which keeps it a multiple of 1/8.
-template <int N, class V, class X>
-LANENORM_INLINE V column_pivot(const X& x) {
-  using S = typename V::Scalar;
-  const V x0 = x(0, Full{});
-  V d[N], magnitude[N];
-  for (int i = 0; i < N; ++i) {
-    d[i] = x(i, Full{}) - x0;
-    magnitude[i] = abs(d[i]);
-  }
-  const V eighth = V::broadcast(S(1) / S(kBlock));
-  return pivot_from(x0, tree<N>(d) * eighth, tree<N>(magnitude) * eighth);
-}
-
-// State of a superblock, one value per column.
-template <class C>
-struct ColumnState {
-  C* pivot;
-  double *sum, *m2;
-};
-
-// Block k (N rows) joins the k full blocks above it, in double, with the rounding of its mean mended: a column has one
-// lane where a row has sixteen whose rounding errors average out. In float32 alone, columns with a step between blocks
-// reached 5.8 u of the normalized value.
-template <int N, class V, class D>
-LANENORM_INLINE void join_block(V mean, V rest, V m2_about_mean, int k, double* sum, double* m2) {
-  for (int part = 0; part < V::kWide; ++part, sum += D::kLanes, m2 += D::kLanes) {
-    const D r = rest.wide(part);
-    D s = fma(mean.wide(part), D::broadcast(N), r);
-    D q = fma(negate(r * r), D::broadcast(1.0 / N), m2_about_mean.wide(part));
-    if (k > 0) {
-      const D before = load_lanes<D>(sum);
-      const D delta = s * D::broadcast(1.0 / N) - before * D::broadcast(1.0 / (kBlock * k));
-      q = fma(delta * delta, D::broadcast(double(N) * (kBlock * k) / (N + kBlock * k)), load_lanes<D>(m2) + q);
-      s = before + s;
-    }
-    store_lanes(s, sum);
-    store_lanes(q, m2);
-  }
-}
-
-// Block k of a superblock: N rows of all columns.
-template <int N, class T, class V, class D, bool kScaled>
-LANENORM_INLINE void column_block(const char* const* lines, std::int64_t columns, int k, V scale,
-                                  const ColumnState<typename V::Scalar>& state) {
-  const auto one = [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
-    const RowsOfColumn<T, V, kScaled, decltype(part)> x{lines, j * static_cast<std::int64_t>(sizeof(T)), scale, part};
-    V pivot, mean, rest;
-    if (k == 0) {
-      pivot = column_pivot<N, V>(x);
-      store_lanes(pivot, state.pivot + j);
-    } else {
-      pivot = load_lanes<V>(state.pivot + j);
-    }
-    const Lanes<V> lanes = block<N, V>(x, pivot, Full{}, &mean, &rest);
-    join_block<N, V, D>(mean, rest, lanes.m2, k, state.sum + j, state.m2 + j);
-  };
-  std::int64_t j = 0;
-  for (; j + V::kLanes <= columns; j += V::kLanes) one(j, Full{});
-  if (j < columns) one(j, Part{static_cast<int>(columns - j)});
-}
 
 template <class D>
 LANENORM_INLINE Moments<D> load_moments(const double* moments, std::int64_t pitch, std::int64_t j) {
@@ -122,42 +49,158 @@ LANENORM_INLINE void store_moments(const Moments<D>& m, double* moments, std::in
   store_lanes(m.m2, moments + 3 * pitch + j);
 }
 
-// Each lane's superblock of `rows` values joins the column's moments of the `before` rows above it.
-template <class V, class D>
-LANENORM_INLINE void merge_superblock(const ColumnMoments& a, const ColumnState<typename V::Scalar>& state,
-                                      double before, double rows) {
-  using S = typename V::Scalar;
-  const std::int64_t pitch = padded(a.columns);
-  for (std::int64_t j = 0; j < pitch; j += D::kLanes) {
-    Moments<D> next{D::template load<S>(state.pivot + j), load_lanes<D>(state.sum + j), D::zero(),
-                    load_lanes<D>(state.m2 + j)};
-    if (before > 0) next = merge(load_moments<D>(a.moments, pitch, j), D::broadcast(before), next, D::broadcast(rows));
-    store_moments(next, a.moments, pitch, j);
-  }
+// float32: N rows of all columns join their sums of d and d^2. first: these are the first rows.
+template <int N, class T, class V, class D>
+LANENORM_INLINE void add_rows(const char* const* lines, const char* pivots, std::int64_t columns, bool first,
+                              double* sums, double* squares) {
+  for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
+    const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
+    D pivot[2], sum[2], square[2];
+    load_wide<T, V>(pivots + at, part, pivot);
+    LANENORM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      sum[half] = first ? D::zero() : load_lanes<D>(sums + j + 8 * half);
+      square[half] = first ? D::zero() : load_lanes<D>(squares + j + 8 * half);
+    }
+    LANENORM_UNROLL
+    for (int r = 0; r < N; ++r) {
+      D d[2];
+      load_wide<T, V>(lines[r] + at, part, d);
+      LANENORM_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        d[half] = d[half] - pivot[half];
+        sum[half] = sum[half] + d[half];
+        square[half] = fma(d[half], d[half], square[half]);
+      }
+    }
+    LANENORM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      store_lanes(sum[half], sums + j + 8 * half);
+      store_lanes(square[half], squares + j + 8 * half);
+    }
+  });
 }
 
-template <class T, class V, class D, bool kScaled>
-void column_moments(const ColumnMoments& a) {
-  using S = typename V::Scalar;
+template <class T, class V, class D>
+LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
   const std::int64_t pitch = padded(a.columns);
-  S* scratch = static_cast<S*>(a.scratch);
-  double* sums = reinterpret_cast<double*>(scratch + pitch);  // pitch is a multiple of 16: aligned
-  const ColumnState<S> state{scratch, sums, sums + pitch};
-  const V scale = V::broadcast(static_cast<S>(a.scale));
+  const char* const* lines = reinterpret_cast<const char* const*>(a.x);
+  double* sums = a.moments + pitch;
+  double* squares = a.moments + 3 * pitch;
+  std::int64_t row = 0;
+  for (; row + kBlock <= a.rows; row += kBlock) {
+    add_rows<kBlock, T, V, D>(lines + row, lines[0], a.columns, row == 0, sums, squares);
+  }
+  for (; row < a.rows; ++row) add_rows<1, T, V, D>(lines + row, lines[0], a.columns, row == 0, sums, squares);
+  const D count = D::broadcast(static_cast<double>(a.rows));
+  for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
+    D pivot[2];
+    load_wide<T, V>(lines[0] + j * static_cast<std::int64_t>(sizeof(T)), part, pivot);
+    LANENORM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t k = j + 8 * half;
+      store_moments(moments_about(pivot[half], load_lanes<D>(sums + k), load_lanes<D>(squares + k), count, D::zero()),
+                    a.moments, pitch, k);
+    }
+  });
+}
+
+// float64: 8 rows of one vector of columns.
+template <class D, bool kScaled, class P>
+struct RowsOfColumn {
+  const char* const* line;
+  std::int64_t offset;  // bytes
+  D scale;
+  P part;  // of the columns; the last vector of a line may be a part
+  LANENORM_INLINE D operator()(std::int64_t row, Full) const {
+    const D x = load<double, D>(line[row] + offset, part);
+    if constexpr (kScaled) return x * scale;
+    return x;
+  }
+};
+
+
+// The pivot of each lane from N rows; divided by 8 also where there are fewer, which keeps it a multiple of 1/8.
+template <int N, class D, class X>
+LANENORM_INLINE D column_pivot(const X& x) {
+  const D x0 = x(0, Full{});
+  D d[N], magnitude[N];
+  LANENORM_UNROLL
+  for (int i = 0; i < N; ++i) {
+    d[i] = x(i, Full{}) - x0;
+    magnitude[i] = abs(d[i]);
+  }
+  const D eighth = D::broadcast(1.0 / kBlock);
+  return pivot_from(x0, tree<N>(d) * eighth, tree<N>(magnitude) * eighth);
+}
+
+// State of a superblock, one value per column.
+struct ColumnState {
+  double *pivot, *sum, *m2;
+};
+
+// Block k of a superblock: N rows of all columns.
+template <int N, class D, bool kScaled>
+LANENORM_INLINE void column_block(const char* const* lines, std::int64_t columns, int k, D scale,
+                                  const ColumnState& state) {
+  for_vectors<D>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
+    const RowsOfColumn<D, kScaled, decltype(part)> x{lines, j * 8, scale, part};
+    D pivot, mean;
+    if (k == 0) {
+      pivot = column_pivot<N, D>(x);
+      store_lanes(pivot, state.pivot + j);
+    } else {
+      pivot = load_lanes<D>(state.pivot + j);
+    }
+    Lanes<D> lanes = block<N, D>(x, pivot, Full{}, &mean);
+    if (k > 0) {
+      Lanes<D> before{load_lanes<D>(state.sum + j), load_lanes<D>(state.m2 + j)};
+      add_block(&before, k, lanes, mean, D::broadcast(N));
+      lanes = before;
+    }
+    store_lanes(lanes.sum, state.sum + j);
+    store_lanes(lanes.m2, state.m2 + j);
+  });
+}
+
+template <class D, bool kScaled>
+LANENORM_INLINE void column_moments_float64(const ColumnMoments& a) {
+  const std::int64_t pitch = padded(a.columns);
+  double* scratch = static_cast<double*>(a.scratch);
+  const ColumnState state{scratch, scratch + pitch, scratch + 2 * pitch};
+  const D scale = D::broadcast(a.scale);
   const char* const* lines = reinterpret_cast<const char* const*>(a.x);
   for (std::int64_t first = 0; first < a.rows; first += kSuperblock) {
     const std::int64_t rows = a.rows - first < kSuperblock ? a.rows - first : kSuperblock;
     std::int64_t row = 0;
     int k = 0;
     for (; row + kBlock <= rows; row += kBlock, ++k) {
-      column_block<kBlock, T, V, D, kScaled>(lines + first + row, a.columns, k, scale, state);
+      column_block<kBlock, D, kScaled>(lines + first + row, a.columns, k, scale, state);
     }
     if (row < rows) {
       with_vectors(static_cast<int>(rows - row), [&](auto n) LANENORM_LAMBDA_INLINE {
-        column_block<decltype(n)::value, T, V, D, kScaled>(lines + first + row, a.columns, k, scale, state);
+        column_block<decltype(n)::value, D, kScaled>(lines + first + row, a.columns, k, scale, state);
       });
     }
-    merge_superblock<V, D>(a, state, static_cast<double>(first), static_cast<double>(rows));
+    for (std::int64_t j = 0; j < pitch; j += D::kLanes) {
+      Moments<D> next{load_lanes<D>(state.pivot + j), load_lanes<D>(state.sum + j), D::zero(),
+                      load_lanes<D>(state.m2 + j)};
+      if (first > 0) {
+        next = merge(load_moments<D>(a.moments, pitch, j), D::broadcast(static_cast<double>(first)), next,
+                     D::broadcast(static_cast<double>(rows)));
+      }
+      store_moments(next, a.moments, pitch, j);
+    }
+  }
+}
+
+// kScaled: for statistics out of range. float32 data never leave the range of double.
+template <class T, class V, class D, bool kScaled>
+void column_moments(const ColumnMoments& a) {
+  if constexpr (sizeof(T) == 8) {
+    column_moments_float64<D, kScaled>(a);
+  } else {
+    column_moments_float32<T, V, D>(a);
   }
 }
 
@@ -205,30 +248,16 @@ void column_fold(const ColumnFold& a) {
 }
 
 // finish() of formulas.hpp, eight statistics at a time.
-template <class V, class D>
+template <class S, class D>
 void column_finish(const ColumnFinish& a) {
-  using S = typename V::Scalar;
   const std::int64_t pitch = padded(a.columns);
-  const D count = D::broadcast(a.count);
-  for (std::int64_t j = 0; j < a.columns; j += V::kLanes) {
-    D rstd[V::kWide], high[V::kWide], low[V::kWide];
-    for (int part = 0; part < V::kWide; ++part) {
-      const Moments<D> m = load_moments<D>(a.moments, pitch, j + part * D::kLanes);
-      rstd[part] = D::broadcast(1.0) / sqrt(m.m2 / count + D::broadcast(a.eps));
-      const Pair<D> mean = mean_of<S>(m, count);
-      high[part] = mean.high;
-      low[part] = mean.low;
-    }
-    const V mean = V::narrow(high);
-    for (int part = 0; part < V::kWide; ++part) {
-      low[part] = negate((high[part] - mean.wide(part)) + low[part]) * rstd[part];
-    }
-    store_lanes(mean, static_cast<S*>(a.mean) + j);
-    const V rounded = V::narrow(rstd);
-    for (int part = 0; part < V::kWide; ++part) rstd[part] = rstd[part] - rounded.wide(part);
-    store_lanes(rounded, static_cast<S*>(a.rstd) + j);
-    store_lanes(V::narrow(rstd), static_cast<S*>(a.rstd_low) + j);
-    store_lanes(V::narrow(low), static_cast<S*>(a.shift) + j);
+  for (std::int64_t j = 0; j < a.columns; j += D::kLanes) {
+    const Finished<D> f = finish<S>(load_moments<D>(a.moments, pitch, j), D::broadcast(a.count), D::broadcast(a.eps),
+                                    D::broadcast(1.0));
+    f.mean.template store<S>(static_cast<S*>(a.mean) + j);
+    f.rstd.template store<S>(static_cast<S*>(a.rstd) + j);
+    f.rstd_low.template store<S>(static_cast<S*>(a.rstd_low) + j);
+    f.shift.template store<S>(static_cast<S*>(a.shift) + j);
   }
 }
 
@@ -238,6 +267,13 @@ void column_finish(const ColumnFinish& a) {
 // (32, 25088) in cache went from 4.8 to 3.1 copies.
 inline constexpr int kApplyRows = 4;
 
+// Streaming stores need every row at the start of a cache line.
+LANENORM_INLINE bool on_cache_lines(char* const* lines, int rows) {
+  std::uintptr_t bits = 0;
+  for (int r = 0; r < rows; ++r) bits |= reinterpret_cast<std::uintptr_t>(lines[r]);
+  return bits % 64 == 0;
+}
+
 template <int N, class T, class V, bool kScaled, bool kPerRow>
 LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
   using S = typename V::Scalar;
@@ -245,6 +281,7 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
   const S* bias = static_cast<const S*>(a.bias);
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + row;
   char* const* y = reinterpret_cast<char* const*>(a.y) + row;
+  const bool stream = a.stream && on_cache_lines(y, N);
   for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const auto of_column = [&](const void* p) LANENORM_LAMBDA_INLINE {
       return load<S, V>(reinterpret_cast<const char*>(static_cast<const S*>(p) + j), part);
@@ -257,11 +294,13 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
     const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
     // All loads before the stores: rows a multiple of 4 KB apart would make each load wait for the store before it.
     V v[N];
+    LANENORM_UNROLL
     for (int r = 0; r < N; ++r) v[r] = load<T, V>(x[r] + at, part);
+    LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       if constexpr (kPerRow) w = V::broadcast(weight[row + r]), b = V::broadcast(bias[row + r]);
       if constexpr (kScaled) v[r] = v[r] * scale;
-      store<T>(fma(normalize(v[r], mean, rstd, rstd_low, shift), w, b), y[r] + at, part);
+      write<T>(fma(normalize(v[r], mean, rstd, rstd_low, shift), w, b), y[r] + at, part, stream);
     }
   });
 }
@@ -280,17 +319,18 @@ void column_apply(const ColumnApply& a) {
   } else {
     a.per_row ? apply_lines<T, V, false, true>(a) : apply_lines<T, V, false, false>(a);
   }
+  if (a.stream) fence();
 }
 
 // ---- backward: sums ----------------------------------------------------------------------------------------------
 
-template <int N, class T, class V>
+template <int N, class T, class V, bool kWeight>
 LANENORM_INLINE void sums_block(const ColumnSums& a, std::int64_t row, typename V::Scalar* sums) {
   using S = typename V::Scalar;
   const std::int64_t pitch = padded(a.columns);
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + row;
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + row;
-  const S* weight = static_cast<const S*>(a.weight) + row;
+  const S* weight = kWeight ? static_cast<const S*>(a.weight) + row : nullptr;
   const S* mean = static_cast<const S*>(a.mean);
   const S* rstd = static_cast<const S*>(a.rstd);
   const auto one = [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
@@ -298,8 +338,10 @@ LANENORM_INLINE void sums_block(const ColumnSums& a, std::int64_t row, typename 
     const V s = load<S, V>(reinterpret_cast<const char*>(rstd + j), part);
     const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
     V g[N], t[N];
+    LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      g[r] = load<T, V>(dy[r] + at, part) * V::broadcast(weight[r]);
+      g[r] = load<T, V>(dy[r] + at, part);
+      if constexpr (kWeight) g[r] = g[r] * V::broadcast(weight[r]);
       t[r] = (load<T, V>(x[r] + at, part) - m) * s;
     }
     store_lanes(load_lanes<V>(sums + j) + tree<N>(g), sums + j);
@@ -311,6 +353,15 @@ LANENORM_INLINE void sums_block(const ColumnSums& a, std::int64_t row, typename 
   if (j < a.columns) one(j, Part{static_cast<int>(a.columns - j)});
 }
 
+template <class T, class V, bool kWeight>
+LANENORM_INLINE void sums_rows(const ColumnSums& a, std::int64_t first, std::int64_t rows, typename V::Scalar* sums) {
+  if (rows == kBlock) {
+    sums_block<kBlock, T, V, kWeight>(a, first, sums);
+  } else {
+    for (std::int64_t r = 0; r < rows; ++r) sums_block<1, T, V, kWeight>(a, first + r, sums);
+  }
+}
+
 template <class T, class V, class D>
 void column_sums(const ColumnSums& a) {
   using S = typename V::Scalar;
@@ -319,8 +370,11 @@ void column_sums(const ColumnSums& a) {
   for (std::int64_t j = 0; j < 3 * pitch; j += V::kLanes) store_lanes(V::zero(), sums + j);
   for (std::int64_t row = 0; row < a.rows; row += kBlock) {
     const std::int64_t rows = a.rows - row < kBlock ? a.rows - row : kBlock;
-    with_vectors(static_cast<int>(rows),
-                 [&](auto n) LANENORM_LAMBDA_INLINE { sums_block<decltype(n)::value, T, V>(a, row, sums); });
+    if (a.weight != nullptr) {
+      sums_rows<T, V, true>(a, row, rows, sums);
+    } else {
+      sums_rows<T, V, false>(a, row, rows, sums);
+    }
     if ((row + kBlock) % kSuperblock == 0 || row + rows == a.rows) {
       flush<V, D>(sums, 3 * pitch, a.sums);
     }
@@ -329,14 +383,16 @@ void column_sums(const ColumnSums& a) {
 
 // ---- backward: gradients -----------------------------------------------------------------------------------------
 
-template <int N, class T, class V, class D, bool kParameters>
+template <int N, class T, class V, class D, bool kWeight, bool kParameters>
 LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row) {
   using S = typename V::Scalar;
-  const S* weight = static_cast<const S*>(a.weight) + row;
+  const S* weight = kWeight ? static_cast<const S*>(a.weight) + row : nullptr;
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + row;
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + row;
   char* const* dx = reinterpret_cast<char* const*>(a.dx) + row;
+  const bool stream = a.stream && on_cache_lines(dx, N);
   D dweight[N], dbias[N];
+  LANENORM_UNROLL
   for (int r = 0; r < N; ++r) dweight[r] = dbias[r] = D::zero();
   for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const auto of_column = [&](const void* p) LANENORM_LAMBDA_INLINE {
@@ -347,14 +403,18 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
     const V factor = of_column(a.factor);
     const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
     V gs[N], xs[N];
+    LANENORM_UNROLL
     for (int r = 0; r < N; ++r) gs[r] = load<T, V>(dy[r] + at, part), xs[r] = load<T, V>(x[r] + at, part);
+    LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       const V g = gs[r];
       const V xhat = normalize(xs[r], mean, rstd, shift);
-      store<T>(input_gradient(g, V::broadcast(weight[r]), xhat, minus_mean_g, minus_mean_gx, factor), dx[r] + at, part);
+      const V w = V::broadcast(kWeight ? weight[r] : S(1));
+      write<T>(input_gradient(g, w, xhat, minus_mean_g, minus_mean_gx, factor), dx[r] + at, part, stream);
       if constexpr (kParameters) {
         // LN over leading axes only: every product goes to double; masked lanes are 0 in dy.
         const V product = g * xhat;
+        LANENORM_UNROLL
         for (int half = 0; half < V::kWide; ++half) {
           dweight[r] = dweight[r] + product.wide(half);
           dbias[r] = dbias[r] + g.wide(half);
@@ -363,6 +423,7 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
     }
   });
   if constexpr (kParameters) {
+    LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       a.dweight[row + r] += dweight[r].fold();
       a.dbias[row + r] += dbias[r].fold();
@@ -370,20 +431,23 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
   }
 }
 
-template <class T, class V, class D, bool kParameters>
+template <class T, class V, class D, bool kWeight, bool kParameters>
 LANENORM_INLINE void gradient_lines(const ColumnGradient& a) {
   std::int64_t row = 0;
-  for (; row + kApplyRows <= a.rows; row += kApplyRows) gradient_lines_of<kApplyRows, T, V, D, kParameters>(a, row);
-  for (; row < a.rows; ++row) gradient_lines_of<1, T, V, D, kParameters>(a, row);
+  for (; row + kApplyRows <= a.rows; row += kApplyRows) {
+    gradient_lines_of<kApplyRows, T, V, D, kWeight, kParameters>(a, row);
+  }
+  for (; row < a.rows; ++row) gradient_lines_of<1, T, V, D, kWeight, kParameters>(a, row);
 }
 
 template <class T, class V, class D>
 void column_gradient(const ColumnGradient& a) {
   if (a.dweight != nullptr) {
-    gradient_lines<T, V, D, true>(a);
+    a.weight != nullptr ? gradient_lines<T, V, D, true, true>(a) : gradient_lines<T, V, D, false, true>(a);
   } else {
-    gradient_lines<T, V, D, false>(a);
+    a.weight != nullptr ? gradient_lines<T, V, D, true, false>(a) : gradient_lines<T, V, D, false, false>(a);
   }
+  if (a.stream) fence();
 }
 
 }  // namespace LANENORM_ISA

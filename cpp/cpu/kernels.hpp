@@ -33,6 +33,8 @@ struct RowForward {
   double eps;
   void* mean;  // (rows) C
   void* rstd;  // (rows) C
+  bool stream;    // write y past the caches
+  bool prefetch;  // fetch the rows after these while writing
 };
 
 // Moments of one piece: `runs` lines of `length` elements, together at most kPieceVectors vectors or one run.
@@ -51,6 +53,8 @@ struct RowApply {
   const void* weight;      // per element: (runs, length) C; per statistic: one C; or null
   const void* bias;        // likewise
   bool per_element;
+  bool stream;               // write y past the caches
+  const void* const* ahead;  // (runs) lines of x to fetch meanwhile, or null
 };
 
 struct RowSums {
@@ -68,13 +72,16 @@ struct RowGradient {
   void* const* dx;
   std::int64_t rows, length;
   const void* weight;     // (length) C, or null
-  const void* constants;  // (rows) GradientConstants<C>; with `shared`, one for all rows
+  const void* constants;  // (rows) GradientConstants<C>; with `shared`, one for all rows, and no weight
   bool shared;
+  bool stream;        // write dx past the caches, where lines allow it
   double* dweight;    // (length) running totals, or null: no parameter gradients
   double* dbias;      // (length)
-  void* scratch;      // 2 * padded(length) C: sums of up to 64 rows, zero before the first and after the last
+  void* scratch;      // 2 * padded(length) C: sums of up to kFlushRows rows, zero before the first, after the last
   std::int64_t done;  // rows of this chunk before these, a multiple of kRowBlock
   bool last;          // these end the chunk
+  bool prefetch;      // fetch x and dy of the row `ahead` rows below each
+  std::int64_t ahead;
 };
 
 // Whole rows of a backward: sums and gradients, kRowBlock rows at a time.
@@ -91,6 +98,8 @@ struct RowBackward {
   void* scratch;
   std::int64_t done;
   bool last;
+  bool stream;    // write dx past the caches, where rows start on cache lines
+  bool prefetch;  // fetch the rows after these while writing
 };
 
 // ---- columns: a line is a row of a matrix, or a piece of one -----------------------------------------------------
@@ -136,13 +145,14 @@ struct ColumnApply {
   const void* scale;                           // (columns) C, or null: all 1
   const void *weight, *bias;  // (columns) C, or with per_row (rows) C; never null (1 and -0 change no bit)
   bool per_row;
+  bool stream;  // write y past the caches, where rows start on cache lines
 };
 
 struct ColumnSums {
   const void* const* x;
   const void* const* dy;
   std::int64_t rows, columns;
-  const void* weight;       // (rows) C
+  const void* weight;       // (rows) C, or null
   const void *mean, *rstd;  // (columns) C
   double* sums;             // (3, padded(columns)): g, g t, t
   void* scratch;            // 3 * padded(columns) C
@@ -153,9 +163,10 @@ struct ColumnGradient {
   const void* const* dy;
   void* const* dx;
   std::int64_t rows, columns;
-  const void* weight;                                                       // (rows) C
+  const void* weight;                                                       // (rows) C, or null
   const void *mean, *rstd, *shift, *minus_mean_g, *minus_mean_gx, *factor;  // (columns) C
   double *dweight, *dbias;  // (rows) running totals over the columns, or null
+  bool stream;              // as in ColumnApply
 };
 
 // ---- the table ---------------------------------------------------------------------------------------------------
@@ -189,10 +200,11 @@ inline constexpr std::int64_t kPieceVectors = 4096;
 // Rows of a matrix in a piece: 16 superblocks of 64 rows; the partial moments of a piece are 1 % of its data.
 inline constexpr std::int64_t kPieceRows = 1024;
 
-// Rows of a backward that are swept together: dweight and dbias are loaded and stored once per 8 rows, and the tree
-// over 8 rows keeps float32 sums of 64 rows within 7 u (3 levels and 8 additions of which each sees half the sum).
-inline constexpr std::int64_t kRowBlock = 8;
-inline constexpr std::int64_t kFlushRows = 64;  // then the float32 sums go to double
+// Rows of a backward that are swept together: dweight and dbias are loaded and stored once per 4 rows, and the 6
+// constants of 4 rows fit the 32 registers of AVX-512 (of 8 rows they were loaded again for every vector). The tree over
+// 4 rows and 8 additions keep float32 sums of 32 rows within 6 u (2 levels, and additions that see half the sum).
+inline constexpr std::int64_t kRowBlock = 4;
+inline constexpr std::int64_t kFlushRows = 32;  // then the float32 sums go to double
 
 // Column arrays are padded to whole vectors, so that kernels may write all lanes. Always inlined, since ISA units call
 // it: no copy of it may be left for the linker to choose (core/isa.hpp).

@@ -39,6 +39,7 @@ enum class Slot {
   dy_lines,
   y_table,
   y_lines,
+  ahead_table,
   offsets,
   sums,
   columns,

@@ -49,7 +49,7 @@ Moments<double> moments_of(const PieceMoments& m) { return {m.pivot, m.sum, m.lo
 template <class C>
 class RowDriver {
  public:
-  explicit RowDriver(const Problem& p) : p_(p), plan_(p.plan), segments_(p) {}
+  explicit RowDriver(const Problem& p) : p_(p), plan_(p.plan), segments_(p), stream_(p.stream()) {}
 
   void forward() const {
     if (plan_.affine == Affine::per_element && segments_.count() == 1 && plan_.lines_per_statistic == 1) {
@@ -59,7 +59,7 @@ class RowDriver {
         SegmentTree tree;
         for (std::int64_t i = 0; i < segments_.count(); ++i) push(&tree, moments(s, i));
         const Normalizer<C> normalizer = finish_statistic(s, tree);
-        for (std::int64_t i = 0; i < segments_.count(); ++i) apply(s, i, normalizer);
+        for (std::int64_t i = 0; i < segments_.count(); ++i) apply(s, i, normalizer, s + 1);
       });
     } else {
       forward_in_phases();
@@ -76,7 +76,7 @@ class RowDriver {
     parallel_for(ceil_div(units, each), p_.bytes(2), [&](std::int64_t piece) {
       for (std::int64_t u = piece * each; u < smaller(units, (piece + 1) * each); ++u) {
         const std::int64_t s = u / segments;
-        apply(s, u % segments, Normalizer<C>{mean[s], rstd[s], rstd_low[s], -C(0), C(1)});
+        apply(s, u % segments, Normalizer<C>{mean[s], rstd[s], rstd_low[s], -C(0), C(1)}, s);
       }
     });
   }
@@ -116,10 +116,16 @@ class RowDriver {
     return s * plan_.lines_per_statistic + segment.first_run;
   }
 
+  // Rows are fetched ahead of streaming stores where a group of them fits L1; along longer ones the processor does it.
+  bool prefetch() const { return stream_ && plan_.inner * size(p_.args.dtype) <= 16384; }
+
+  // Streams gain from longer pieces, at whose ends nothing is fetched ahead.
+  std::int64_t row_piece() const { return stream_ ? 4 * kPieceElements : kPieceElements; }
+
   // ---- forward
 
   void forward_whole_rows() const {
-    const std::int64_t rows = ceil_div(larger(8, kPieceElements / plan_.inner), 8) * 8;
+    const std::int64_t rows = ceil_div(larger(8, row_piece() / plan_.inner), 8) * 8;
     parallel_for(ceil_div(plan_.outer, rows), p_.bytes(2), [&](std::int64_t piece) {
       const std::int64_t first = piece * rows, count = smaller(rows, plan_.outer - first);
       InputLines x = x_lines();
@@ -138,6 +144,8 @@ class RowDriver {
         a.eps = p_.args.eps;
         a.mean = static_cast<C*>(p_.mean) + row;
         a.rstd = static_cast<C*>(p_.rstd) + row;
+        a.stream = stream_;
+        a.prefetch = prefetch();
         p_.kernels.row_forward(a);
         y.finish();
       }
@@ -154,7 +162,7 @@ class RowDriver {
       SegmentTree tree;
       for (std::int64_t i = 0; i < count; ++i) push(&tree, parts[i]);
       const Normalizer<C> normalizer = finish_statistic(s, tree);
-      parallel_for(count, 2 * bytes, [&](std::int64_t i) { apply(s, i, normalizer); });
+      parallel_for(count, 2 * bytes, [&](std::int64_t i) { apply(s, i, normalizer, s); });
     }
   }
 
@@ -191,7 +199,8 @@ class RowDriver {
     return parameters == nullptr ? nullptr : static_cast<const C*>(parameters) + index;
   }
 
-  void apply(std::int64_t s, std::int64_t i, const Normalizer<C>& normalizer) const {
+  // next: the statistic whose moments are computed after this one, or s; its x is fetched while y is written.
+  void apply(std::int64_t s, std::int64_t i, const Normalizer<C>& normalizer, std::int64_t next) const {
     const Segment segment = segments_[i];
     const bool per_element = plan_.affine == Affine::per_element;
     const std::int64_t parameter = per_element ? segments_.element(segment) : s;
@@ -206,6 +215,12 @@ class RowDriver {
     a.weight = at(p_.weight, parameter);
     a.bias = at(p_.bias, parameter);
     a.per_element = per_element;
+    a.stream = stream_;
+    a.ahead = nullptr;
+    if (stream_ && next != s && next < plan_.statistics && plan_.x.direct) {
+      InputLines ahead{plan_.x, p_.args.x, p_.args.dtype, Slot::ahead_table, Slot::ahead_table};
+      a.ahead = ahead.get(line(next, segment), 1, segment.runs, segment.first_element, segment.length);
+    }
     p_.kernels.row_apply(a);
     y.finish();
   }
@@ -285,6 +300,7 @@ class RowDriver {
     a.length = segment.length;
     a.constants = &constants;
     a.shared = true;
+    a.stream = stream_;
     p_.kernels.row_gradient(a);
     dx.finish();
   }
@@ -353,6 +369,8 @@ class RowDriver {
       a.dweight = dweight;
       a.dbias = dbias;
       a.scratch = zero_scratch(plan_.inner);
+      a.stream = stream_;
+      a.prefetch = prefetch();
       for (std::int64_t i = 0; i < rows; i += step) {
         a.rows = smaller(step, rows - i);
         a.x = x.get(first + i, 1, a.rows, 0, plan_.inner);
@@ -404,6 +422,7 @@ class RowDriver {
           zero(a.dweight, length);
           zero(a.dbias, length);
           a.scratch = zero_scratch(length);
+          a.stream = stream_;
           for (std::int64_t i = 0; i < rows; i += kRowBlock) {
             a.rows = smaller(kRowBlock, rows - i);
             const std::int64_t line = (first + i) * runs + run;
@@ -422,6 +441,7 @@ class RowDriver {
   const Problem& p_;
   const Plan& plan_;
   Segments segments_;
+  bool stream_;
 };
 
 }  // namespace

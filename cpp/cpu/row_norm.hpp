@@ -26,10 +26,15 @@ inline namespace LANENORM_ISA {
 template <class T, class V, bool kScaled>
 struct Adjacent {
   const char* base;
-  V scale;
+  typename V::Scalar scale;
   template <class P>
   LANENORM_INLINE V operator()(std::int64_t vector, P part) const {
     const V x = load<T, V>(base + vector * V::kLanes * static_cast<std::int64_t>(sizeof(T)), part);
+    if constexpr (kScaled) return x * V::broadcast(scale);
+    return x;
+  }
+  LANENORM_INLINE typename V::Scalar first() const {
+    const typename V::Scalar x = first_value<T, typename V::Scalar>(base);
     if constexpr (kScaled) return x * scale;
     return x;
   }
@@ -38,26 +43,48 @@ struct Adjacent {
   }
 };
 
-// Vectors that lie in several runs.
-template <class T, class V, bool kScaled>
-struct Scattered {
-  const char* const* vector;
-  V scale;
-  template <class P>
-  LANENORM_INLINE V operator()(std::int64_t i, P part) const {
-    const V x = load<T, V>(vector[i], part);
-    if constexpr (kScaled) return x * scale;
-    return x;
-  }
-  LANENORM_INLINE Scattered from(std::int64_t i) const { return {vector + i, scale}; }
-};
+// ---- moments of float32 data -------------------------------------------------------------------------------------
 
 template <class V, class X>
-LANENORM_INLINE typename V::Scalar first_element(const X& x) {
-  return x(0, Part{1}).fold();  // one value and zeros
+LANENORM_INLINE Lanes<V> full_blocks(const X& x, V pivot, int blocks) {
+  V mean;
+  Lanes<V> lanes = block<kBlock, V>(x, pivot, Full{}, &mean);
+  for (int k = 1; k < blocks; ++k) {
+    const Lanes<V> next = block<kBlock, V>(x.from(k * kBlock), pivot, Full{}, &mean);
+    add_full_block(&lanes, k, next, mean);
+  }
+  return lanes;
 }
 
-// ---- moments of a superblock -------------------------------------------------------------------------------------
+template <class T, class V>
+LANENORM_INLINE typename V::Scalar full_pivot(const char* x) {
+  using S = typename V::Scalar;
+  return row_pivot<kBlock, V>(Adjacent<T, V, false>{x, 1}, Full{}, first_value<T, S>(x),
+                              S(1) / S(kBlock * V::kLanes));
+}
+
+// A run joins the sums about `pivot`. first: full_pivot(x) if the run has a full block.
+template <class T, class V, class D>
+LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, typename V::Scalar first,
+                             PivotSums<D>* sums) {
+  constexpr std::int64_t kBlockElements = kBlock * V::kLanes, kBytes = sizeof(T);
+  std::int64_t blocks = length / kBlockElements;
+  length -= blocks * kBlockElements;
+  while (blocks > 0) {
+    const int count = blocks < kBlock ? static_cast<int>(blocks) : kBlock;
+    blocks -= count;
+    const char* next = x + count * kBlockElements * kBytes;
+    // The next pivot is a long chain of dependent operations: started here, it runs beside this superblock.
+    const typename V::Scalar own = first;
+    if (blocks > 0) first = full_pivot<T, V>(next);
+    const Lanes<V> lanes = full_blocks<V>(Adjacent<T, V, false>{x, 1}, V::broadcast(own), count);
+    add_lanes<V>(lanes, kBlock * count, 1.0 / (kBlock * count), static_cast<double>(own) - pivot, sums);
+    x = next;
+  }
+  if (length > 0) add_in_double<T, V>(x, length, D::broadcast(pivot), sums);
+}
+
+// ---- moments of float64 data -------------------------------------------------------------------------------------
 
 // The shape of a superblock of adjacent elements: full blocks, then N vectors of which the last has `lanes` lanes.
 struct Extent {
@@ -83,7 +110,7 @@ LANENORM_INLINE Extent extent_of(std::int64_t elements) {
 template <class V, class X>
 [[gnu::noinline]] typename V::Scalar superblock_pivot(const X& x, const Extent& e) {
   using S = typename V::Scalar;
-  const S x0 = first_element<V>(x);
+  const S x0 = x.first();
   if (e.full_blocks > 0) return row_pivot<kBlock, V>(x, Full{}, x0, S(1) / S(kBlock * V::kLanes));
   const S inverse = inverse_power_of_two<S>(e.elements);
   return with_vectors(e.tail_vectors, [&](auto n) LANENORM_LAMBDA_INLINE {
@@ -91,17 +118,6 @@ template <class V, class X>
       return row_pivot<decltype(n)::value, V>(x, last, x0, inverse);
     });
   });
-}
-
-template <class V, class X>
-LANENORM_INLINE Lanes<V> full_blocks(const X& x, V pivot, int blocks) {
-  V mean;
-  Lanes<V> lanes = block<kBlock, V>(x, pivot, Full{}, &mean);
-  for (int k = 1; k < blocks; ++k) {
-    const Lanes<V> next = block<kBlock, V>(x.from(k * kBlock), pivot, Full{}, &mean);
-    add_block(&lanes, k, next, mean, kBlock);
-  }
-  return lanes;
 }
 
 template <class V, class D, class X>
@@ -127,129 +143,67 @@ template <class V, class D, class X>
         return fold_ragged<V, D>(lanes, pivot, count, counts + V::broadcast(S(kBlock * e.full_blocks)));
       } else {
         if (e.full_blocks == 0) return fold_lanes<V, D>(next, pivot, count, kVectors);
-        add_block(&lanes, e.full_blocks, next, mean, kVectors);
+        add_block(&lanes, e.full_blocks, next, mean, V::broadcast(S(kVectors)));
         return fold_lanes<V, D>(lanes, pivot, count, kVectors + kBlock * e.full_blocks);
       }
     });
   });
 }
 
-// Up to 64 vectors anywhere, each with its own number of lanes: runs whose length is no multiple of a vector.
-template <class V, class D, class X>
-Moments<double> ragged_moments(const X& x, const int* lane_count, int vectors, double* count) {
-  using S = typename V::Scalar;
-  const V one = V::broadcast(S(1));
-  const int first = vectors < kBlock ? vectors : kBlock;
-  std::int64_t first_count = 0, total = 0;
-  for (int i = 0; i < vectors; ++i) {
-    total += lane_count[i];
-    if (i < first) first_count += lane_count[i];
-  }
-  V d[kBlock], magnitude[kBlock];
-  const S x0 = first_element<V>(x);
-  for (int i = 0; i < kBlock; ++i) {
-    d[i] = i < first ? keep(x(i, Part{lane_count[i]}) - V::broadcast(x0), lane_count[i]) : V::zero();
-    magnitude[i] = abs(d[i]);
-  }
-  const V inverse = V::broadcast(inverse_power_of_two<S>(first_count));
-  const V pivot = pivot_from(V::broadcast(x0), V::broadcast(tree<kBlock>(d).fold()) * inverse,
-                             V::broadcast(tree<kBlock>(magnitude).fold()) * inverse);
-
-  V sum = V::zero(), m2 = V::zero(), counts = V::zero();
-  for (int i = 0; i < vectors; i += kBlock) {
-    V block_counts = V::zero();
-    for (int j = 0; j < kBlock; ++j) {
-      const int lanes = i + j < vectors ? lane_count[i + j] : 0;
-      d[j] = lanes > 0 ? keep(x(i + j, Part{lanes}) - pivot, lanes) : V::zero();
-      block_counts = block_counts + keep(one, lanes);
-    }
-    const V block_sum = tree<kBlock>(d);
-    const V mean = block_sum / at_least_one(block_counts);
-    for (int j = 0; j < kBlock; ++j) {
-      d[j] = keep(d[j] - mean, i + j < vectors ? lane_count[i + j] : 0);
-    }
-    const V delta = mean - sum / at_least_one(counts);
-    const V weight = block_counts * counts / at_least_one(block_counts + counts);
-    m2 = fma(delta * delta, weight, m2 + sum_of_squares<kBlock>(d));
-    sum = sum + block_sum;
-    counts = counts + block_counts;
-  }
-  *count = static_cast<double>(total);
-  return fold_ragged<V, D>(Lanes<V>{sum, m2}, keep(pivot, 1).fold(), *count, counts);
-}
-
 // ---- moments of a piece ------------------------------------------------------------------------------------------
 
-using PieceTree = MomentsTree<8>;  // 64 superblocks; a piece of short ragged runs may have up to 128
+using PieceTree = MomentsTree<16>;
 
-template <class T, class V, class D, bool kScaled>
-[[gnu::noinline]] Moments<double> line_moments(const char* x, std::int64_t length, V scale, double* count) {
+template <class V, bool kScaled>
+LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, PieceTree* tree) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes;
-  using X = Adjacent<T, V, kScaled>;
+  using X = Adjacent<double, V, kScaled>;
   const X whole{x, scale};
-  if (length <= kElements) {
-    const Extent e = extent_of<V>(length);
-    *count = static_cast<double>(length);
-    return superblock_moments<V, D>(whole, e, superblock_pivot<V>(whole, e));
-  }
-  PieceTree tree;
-  Extent e = extent_of<V>(kElements);
-  typename V::Scalar pivot = superblock_pivot<V>(whole, e);
+  Extent e = extent_of<V>(length < kElements ? length : kElements);
+  double pivot = superblock_pivot<V>(whole, e);
   for (std::int64_t i = 0; i < length;) {
-    // The next pivot is a long chain of dependent operations: started here, it runs beside this superblock.
     const std::int64_t next = i + e.elements;
     const Extent next_e = extent_of<V>(next + kElements <= length ? kElements : length - next);
-    typename V::Scalar next_pivot{};
+    double next_pivot = 0.0;  // started before the superblock, as in add_run
     if (next < length) next_pivot = superblock_pivot<V>(whole.from(next / V::kLanes), next_e);
-    tree.push(superblock_moments<V, D>(whole.from(i / V::kLanes), e, pivot), static_cast<double>(e.elements));
+    tree->push(superblock_moments<V, V>(whole.from(i / V::kLanes), e, pivot), static_cast<double>(e.elements));
     i = next;
     e = next_e;
     pivot = next_pivot;
   }
-  return tree.total(count);
 }
 
-template <class T, class V, class D, bool kScaled>
-LANENORM_INLINE Moments<double> runs_moments(const void* const* x, std::int64_t runs, std::int64_t length, V scale,
-                                             double* count) {
-  if (runs == 1) return line_moments<T, V, D, kScaled>(static_cast<const char*>(x[0]), length, scale, count);
-  const char* pointer[kSuperblock];
-  int lanes[kSuperblock];
-  PieceTree tree;
-  std::int64_t run = 0, position = 0;
-  while (run < runs) {
-    int vectors = 0;
-    bool full = true;
-    for (; vectors < kSuperblock && run < runs; ++vectors) {
-      const std::int64_t rest = length - position;
-      pointer[vectors] = static_cast<const char*>(x[run]) + position * static_cast<std::int64_t>(sizeof(T));
-      lanes[vectors] = static_cast<int>(rest < V::kLanes ? rest : V::kLanes);
-      full = full && rest >= V::kLanes;
-      position += V::kLanes;
-      if (position >= length) position = 0, ++run;
+// kWide: in double throughout, x scaled (float64): for statistics out of range.
+template <class T, class V, class D, bool kWide>
+[[gnu::noinline]] Moments<double> piece_moments(const void* const* x, std::int64_t runs, std::int64_t length,
+                                                double scale, double* count) {
+  if constexpr (sizeof(T) == 8) {
+    PieceTree tree;
+    for (std::int64_t run = 0; run < runs; ++run) {
+      push_run<D, kWide>(static_cast<const char*>(x[run]), length, scale, &tree);
     }
-    const Scattered<T, V, kScaled> piece{pointer, scale};
-    if (full && vectors == kSuperblock) {
-      using S = typename V::Scalar;
-      constexpr int kBlocks = kSuperblock / kBlock;
-      const S pivot = row_pivot<kBlock, V>(piece, Full{}, first_element<V>(piece), S(1) / S(kBlock * V::kLanes));
-      const Lanes<V> sums = full_blocks<V>(piece, V::broadcast(pivot), kBlocks);
-      constexpr double kCount = kSuperblock * V::kLanes;
-      tree.push(fold_lanes<V, D>(sums, pivot, kCount, kSuperblock), kCount);
-    } else {
-      double piece_count;
-      const Moments<double> moments = ragged_moments<V, D>(piece, lanes, vectors, &piece_count);
-      tree.push(moments, piece_count);
+    return tree.total(count);
+  } else {
+    const double pivot = first_value<T, double>(static_cast<const char*>(x[0]));
+    PivotSums<D> sums{D::zero(), D::zero()};
+    for (std::int64_t run = 0; run < runs; ++run) {
+      const char* p = static_cast<const char*>(x[run]);
+      if constexpr (kWide) {
+        add_in_double<T, V>(p, length, D::broadcast(pivot), &sums);
+      } else {
+        const auto first = length < kBlock * V::kLanes ? typename V::Scalar{} : full_pivot<T, V>(p);
+        add_run<T, V>(p, length, pivot, first, &sums);
+      }
     }
+    *count = static_cast<double>(runs * length);
+    return moments_about(pivot, sums.sum.fold(), sums.square.fold(), *count, 0.0);
   }
-  return tree.total(count);
 }
 
-template <class T, class V, class D, bool kScaled>
+template <class T, class V, class D, bool kWide>
 PieceMoments row_moments(const RowMoments& a) {
   double count;
-  const V scale = V::broadcast(static_cast<typename V::Scalar>(a.scale));
-  const Moments<double> m = runs_moments<T, V, D, kScaled>(a.x, a.runs, a.length, scale, &count);
+  const Moments<double> m = piece_moments<T, V, D, kWide>(a.x, a.runs, a.length, a.scale, &count);
   return {m.pivot, m.sum, m.low, m.m2, count};
 }
 
@@ -286,16 +240,26 @@ struct StatisticAffine {
   }
 };
 
+// How the result is written, and what is read meanwhile.
+struct Traffic {
+  bool stream;        // past the caches: y will not be read from them
+  const char* ahead;  // the line of x that is needed next, fetched into L2 while this one is written; or null
+};
+
 template <class T, class V, bool kScaled, class A>
 LANENORM_INLINE void apply_line(const char* x, char* y, std::int64_t length, const Normalizer<typename V::Scalar>& n,
-                                const A& affine) {
+                                const A& affine, Traffic traffic) {
+  constexpr std::int64_t kBytes = sizeof(T);
   const V mean = V::broadcast(n.mean), rstd = V::broadcast(n.rstd), rstd_low = V::broadcast(n.rstd_low);
   const V shift = V::broadcast(n.shift), scale = V::broadcast(n.scale);
-  for_vectors<V, 2>(length, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
-    V v = load<T, V>(x + i * static_cast<std::int64_t>(sizeof(T)), part);
+  const auto result = [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+    V v = load<T, V>(x + i * kBytes, part);
     if constexpr (kScaled) v = v * scale;
-    store<T>(affine(normalize(v, mean, rstd, rstd_low, shift), i, part), y + i * static_cast<std::int64_t>(sizeof(T)),
-             part);
+    return affine(normalize(v, mean, rstd, rstd_low, shift), i, part);
+  };
+  write_line<T, V>(y, length, traffic.stream, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+    if (traffic.ahead != nullptr) __builtin_prefetch(traffic.ahead + i * kBytes, 0, 2);
+    return result(i, part);
   });
 }
 
@@ -318,11 +282,11 @@ LANENORM_INLINE void with_affine(const void* weight, const void* bias, F&& f) {
 
 template <class T, class V, class A>
 LANENORM_INLINE void apply_any(const char* x, char* y, std::int64_t length, const Normalizer<typename V::Scalar>& n,
-                               const A& affine) {
+                               const A& affine, Traffic traffic) {
   if (n.scale == 1) {
-    apply_line<T, V, false>(x, y, length, n, affine);
+    apply_line<T, V, false>(x, y, length, n, affine, traffic);
   } else {
-    apply_line<T, V, true>(x, y, length, n, affine);
+    apply_line<T, V, true>(x, y, length, n, affine, traffic);
   }
 }
 
@@ -332,9 +296,11 @@ void row_apply(const RowApply& a) {
   const Normalizer<S>& n = *static_cast<const Normalizer<S>*>(a.normalizer);
   const auto runs = [&](auto affine_of_run) LANENORM_LAMBDA_INLINE {
     for (std::int64_t run = 0; run < a.runs; ++run) {
-      apply_any<T, V>(static_cast<const char*>(a.x[run]), static_cast<char*>(a.y[run]), a.length, n,
-                      affine_of_run(run));
+      const Traffic traffic{a.stream, a.ahead == nullptr ? nullptr : static_cast<const char*>(a.ahead[run])};
+      apply_any<T, V>(static_cast<const char*>(a.x[run]), static_cast<char*>(a.y[run]), a.length, n, affine_of_run(run),
+                      traffic);
     }
+    if (a.stream) fence();
   };
   if (!a.per_element) {
     const S weight = a.weight == nullptr ? S(1) : *static_cast<const S*>(a.weight);
@@ -354,154 +320,210 @@ void row_apply(const RowApply& a) {
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-// A statistic out of range, redone in double.
+// A statistic out of range, from moments in double.
 template <class T, class V, class D>
 [[gnu::noinline]] Statistic<typename V::Scalar> redo_row(const void* x, std::int64_t length, double m2, double eps) {
   using S = typename V::Scalar;
   double count;
   const double scale = redo_scale<S>(m2);
-  const Moments<double> m = runs_moments<T, D, D, true>(&x, 1, length, D::broadcast(scale), &count);
+  const Moments<double> m = piece_moments<T, V, D, true>(&x, 1, length, scale, &count);
   return finish_scaled<S>(m, count, eps, scale);
 }
 
+// Normalizers of `rows` <= 8 rows; mean and rstd as saved.
 template <class T, class V, class D>
-void row_forward(const RowForward& a) {
+LANENORM_INLINE void finish_rows(const void* const* x, int rows, std::int64_t length, double eps,
+                                 Normalizer<typename V::Scalar>* normalizer, typename V::Scalar* mean,
+                                 typename V::Scalar* rstd) {
   using S = typename V::Scalar;
-  constexpr std::int64_t kGroup = 8;  // rows whose chains of scalar operations overlap: pivots, then folds, then apply
-  S* mean = static_cast<S*>(a.mean);
-  S* rstd = static_cast<S*>(a.rstd);
-  const bool single = a.length <= kSuperblock * V::kLanes;
-  const Extent e = extent_of<V>(single ? a.length : kSuperblock * V::kLanes);
-  for (std::int64_t first = 0; first < a.rows; first += kGroup) {
-    const std::int64_t group = a.rows - first < kGroup ? a.rows - first : kGroup;
-    // Long rows one at a time: a group of them would leave the cache before it is applied.
-    const std::int64_t step = single ? group : 1;
-    for (std::int64_t start = first; start < first + group; start += step) {
-      S pivot[kGroup];
-      Normalizer<S> normalizer[kGroup];
-      if (single) {
-        for (std::int64_t r = 0; r < step; ++r) {
-          pivot[r] = superblock_pivot<V>(Adjacent<T, V, false>{static_cast<const char*>(a.x[start + r]), V::zero()}, e);
-        }
+  const double count = static_cast<double>(length);
+  const auto redo = [&](int r, double m2) LANENORM_LAMBDA_INLINE {
+    const Statistic<S> s = redo_row<T, V, D>(x[r], length, m2, eps);
+    normalizer[r] = s.normalizer;
+    mean[r] = s.mean;
+    rstd[r] = s.rstd;
+  };
+  if constexpr (sizeof(T) == 8) {
+    for (int r = 0; r < rows; ++r) {
+      double elements;
+      const Moments<double> m = piece_moments<T, V, D, false>(x + r, 1, length, 1.0, &elements);
+      if (out_of_range<S>(m.m2, count, eps)) {
+        redo(r, m.m2);
+        continue;
       }
-      for (std::int64_t r = 0; r < step; ++r) {
-        const char* x = static_cast<const char*>(a.x[start + r]);
-        double count = static_cast<double>(a.length);
-        const Moments<double> m = single ? superblock_moments<V, D>(Adjacent<T, V, false>{x, V::zero()}, e, pivot[r])
-                                         : line_moments<T, V, D, false>(x, a.length, V::zero(), &count);
-        const Statistic<S> s = out_of_range<S>(m.m2, count, a.eps) ? redo_row<T, V, D>(x, a.length, m.m2, a.eps)
-                                                                   : finish<S>(m, count, a.eps);
-        normalizer[r] = s.normalizer;
-        mean[start + r] = s.mean;
-        rstd[start + r] = s.rstd;
-      }
-      with_affine<V>(a.weight, a.bias, [&](auto affine) LANENORM_LAMBDA_INLINE {
-        for (std::int64_t r = 0; r < step; ++r) {
-          apply_any<T, V>(static_cast<const char*>(a.x[start + r]), static_cast<char*>(a.y[start + r]), a.length,
-                          normalizer[r], affine);
-        }
-      });
+      const Statistic<S> s = finish<S>(m, count, eps);
+      normalizer[r] = s.normalizer;
+      mean[r] = s.mean;
+      rstd[r] = s.rstd;
+    }
+  } else {
+    alignas(64) double pivot[8] = {};
+    S first[8];  // pivots of all rows before any of their sums: their chains of dependent operations overlap
+    D sum[8], square[8];
+    for (int r = 0; r < rows; ++r) {
+      const char* p = static_cast<const char*>(x[r]);
+      pivot[r] = first_value<T, double>(p);
+      if (length >= kBlock * V::kLanes) first[r] = full_pivot<T, V>(p);
+    }
+    for (int r = 0; r < 8; ++r) {
+      PivotSums<D> sums{D::zero(), D::zero()};
+      if (r < rows) add_run<T, V>(static_cast<const char*>(x[r]), length, pivot[r], first[r], &sums);
+      sum[r] = sums.sum;
+      square[r] = sums.square;
+    }
+    // Eight rows share the divisions and the root.
+    const D n = D::broadcast(count);
+    const Moments<D> m = moments_about(D::template load<double>(pivot), D::fold8(sum), D::fold8(square), n, D::zero());
+    const Finished<D> f = finish<S>(m, n, D::broadcast(eps), D::broadcast(1.0));
+    alignas(64) S means[8], rstds[8], lows[8], shifts[8];
+    alignas(64) double m2[8];
+    f.mean.template store<S>(means);
+    f.rstd.template store<S>(rstds);
+    f.rstd_low.template store<S>(lows);
+    f.shift.template store<S>(shifts);
+    m.m2.template store<double>(m2);
+    for (int r = 0; r < rows; ++r) {
+      normalizer[r] = {means[r], rstds[r], lows[r], shifts[r], S(1)};
+      mean[r] = means[r];
+      rstd[r] = rstds[r];
+      if (__builtin_expect(out_of_range<S>(m2[r], count, eps), 0)) redo(r, m2[r]);
     }
   }
 }
 
+// Rows that are finished together: 8, fewer where x of 8 rows would not stay in half of L1 until it is applied.
+inline constexpr std::int64_t kGroupBytes = 16384;
+
+template <class T, class V, class D>
+void row_forward(const RowForward& a) {
+  using S = typename V::Scalar;
+  const std::int64_t fitting = kGroupBytes / (a.length * static_cast<std::int64_t>(sizeof(T)));
+  const std::int64_t group = fitting < 1 ? 1 : fitting < 8 ? fitting : 8;
+  for (std::int64_t first = 0; first < a.rows; first += group) {
+    const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
+    Normalizer<S> normalizer[8];
+    finish_rows<T, V, D>(a.x + first, rows, a.length, a.eps, normalizer, static_cast<S*>(a.mean) + first,
+                         static_cast<S*>(a.rstd) + first);
+    with_affine<V>(a.weight, a.bias, [&](auto affine) LANENORM_LAMBDA_INLINE {
+      for (int r = 0; r < rows; ++r) {
+        const std::int64_t next = first + r + group;
+        const Traffic traffic{a.stream, a.prefetch && next < a.rows ? static_cast<const char*>(a.x[next]) : nullptr};
+        apply_any<T, V>(static_cast<const char*>(a.x[first + r]), static_cast<char*>(a.y[first + r]), a.length,
+                        normalizer[r], affine, traffic);
+      }
+    });
+  }
+  if (a.stream) fence();
+}
+
 // ---- backward: sums ----------------------------------------------------------------------------------------------
 
-template <class V>
-struct SumLanes {
-  V g, gt, t;
-};
-
-// One line of `length` elements: lanes hold the sums of at most 64 vectors (8 trees of 8), then go to double.
-// Not inlined: 16 tails, several callers.
+// Sums over a line of g = dy * weight, g t and t, t = (x - mean) * rstd: lanes hold at most 64 vectors (trees of 8, then
+// what is left one by one) before they go to double.
 template <class T, class V, class D, bool kWeight>
-[[gnu::noinline]] void line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
-                                 V mean, V rstd, D* total) {
+LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
+                               V mean, V rstd, D* total) {
   using S = typename V::Scalar;
   constexpr std::int64_t kLanes = V::kLanes;
   constexpr std::int64_t kBytes = sizeof(T);
   for (std::int64_t start = 0; start < length; start += kSuperblock * kLanes) {
     const std::int64_t stop = length < start + kSuperblock * kLanes ? length : start + kSuperblock * kLanes;
-    SumLanes<V> lanes{V::zero(), V::zero(), V::zero()};
-    const auto add = [&](std::int64_t i, auto n, auto last) LANENORM_LAMBDA_INLINE {
-      constexpr int N = decltype(n)::value;
-      V g[N], t[N];
-      const auto one = [&](int j, auto part) LANENORM_LAMBDA_INLINE {
-        const std::int64_t at = i + j * kLanes;
-        g[j] = load<T, V>(dy + at * kBytes, part);
-        if constexpr (kWeight) g[j] = g[j] * load<S, V>(reinterpret_cast<const char*>(weight + at), part);
-        t[j] = keep_part((load<T, V>(x + at * kBytes, part) - mean) * rstd, part);
-      };
-      for (int j = 0; j < N - 1; ++j) one(j, Full{});
-      one(N - 1, last);
-      lanes.g = lanes.g + tree<N>(g);
-      lanes.gt = lanes.gt + tree_of_products<N>(g, t);
-      lanes.t = lanes.t + tree<N>(t);
+    V sum_g = V::zero(), sum_gt = V::zero(), sum_t = V::zero();
+    const auto one = [&](std::int64_t at, auto part, V* g, V* t) LANENORM_LAMBDA_INLINE {
+      *g = load<T, V>(dy + at * kBytes, part);
+      if constexpr (kWeight) *g = *g * load<S, V>(reinterpret_cast<const char*>(weight + at), part);
+      *t = keep_part((load<T, V>(x + at * kBytes, part) - mean) * rstd, part);
     };
     std::int64_t i = start;
-    for (; i + kBlock * kLanes <= stop; i += kBlock * kLanes) add(i, Count<kBlock>{}, Full{});
-    if (i < stop) {
-      const Extent e = extent_of<V>(stop - i);
-      with_vectors(e.tail_vectors, [&](auto n) LANENORM_LAMBDA_INLINE {
-        with_last<V>(e.lanes, [&](auto last) LANENORM_LAMBDA_INLINE { add(i, n, last); });
-      });
+    for (; i + kBlock * kLanes <= stop; i += kBlock * kLanes) {
+      V g[kBlock], t[kBlock];
+      LANENORM_UNROLL
+      for (int j = 0; j < kBlock; ++j) one(i + j * kLanes, Full{}, g + j, t + j);
+      sum_g = sum_g + tree<kBlock>(g);
+      sum_gt = sum_gt + tree_of_products<kBlock>(g, t);
+      sum_t = sum_t + tree<kBlock>(t);
     }
+    const auto add = [&](std::int64_t at, auto part) LANENORM_LAMBDA_INLINE {
+      V g, t;
+      one(at, part, &g, &t);
+      sum_g = sum_g + g;
+      sum_gt = fma(g, t, sum_gt);
+      sum_t = sum_t + t;
+    };
+    for (; i + kLanes <= stop; i += kLanes) add(i, Full{});
+    if (i < stop) add(i, Part{static_cast<int>(stop - i)});
+    LANENORM_UNROLL
     for (int part = 0; part < V::kWide; ++part) {
-      total[0] = total[0] + lanes.g.wide(part);
-      total[1] = total[1] + lanes.gt.wide(part);
-      total[2] = total[2] + lanes.t.wide(part);
+      total[0] = total[0] + sum_g.wide(part);
+      total[1] = total[1] + sum_gt.wide(part);
+      total[2] = total[2] + sum_t.wide(part);
     }
   }
-}
-
-template <class T, class V, class D>
-LANENORM_INLINE GradientSums runs_sums(const void* const* x, const void* const* dy, std::int64_t runs,
-                                       std::int64_t length, const void* weight, V mean, V rstd) {
-  using S = typename V::Scalar;
-  D total[3] = {D::zero(), D::zero(), D::zero()};
-  const S* w = static_cast<const S*>(weight);
-  for (std::int64_t run = 0; run < runs; ++run) {
-    const char* px = static_cast<const char*>(x[run]);
-    const char* pdy = static_cast<const char*>(dy[run]);
-    if (w != nullptr) {
-      line_sums<T, V, D, true>(px, pdy, w + run * length, length, mean, rstd, total);
-    } else {
-      line_sums<T, V, D, false>(px, pdy, w, length, mean, rstd, total);
-    }
-  }
-  return {total[0].fold(), total[1].fold(), total[2].fold()};
 }
 
 template <class T, class V, class D>
 PieceSums row_sums(const RowSums& a) {
   using S = typename V::Scalar;
-  const GradientSums sums =
-      runs_sums<T, V, D>(a.x, a.dy, a.runs, a.length, a.weight, V::broadcast(static_cast<S>(a.mean)),
-                         V::broadcast(static_cast<S>(a.rstd)));
-  return {sums.g, sums.gt, sums.t};
+  const V mean = V::broadcast(static_cast<S>(a.mean)), rstd = V::broadcast(static_cast<S>(a.rstd));
+  const S* weight = static_cast<const S*>(a.weight);
+  D total[3] = {D::zero(), D::zero(), D::zero()};
+  for (std::int64_t run = 0; run < a.runs; ++run) {
+    const char* x = static_cast<const char*>(a.x[run]);
+    const char* dy = static_cast<const char*>(a.dy[run]);
+    if (weight != nullptr) {
+      line_sums<T, V, D, true>(x, dy, weight + run * a.length, a.length, mean, rstd, total);
+    } else {
+      line_sums<T, V, D, false>(x, dy, nullptr, a.length, mean, rstd, total);
+    }
+  }
+  return {total[0].fold(), total[1].fold(), total[2].fold()};
 }
 
 // ---- backward: gradients -----------------------------------------------------------------------------------------
 
-// dx of N rows; with kParameters the sums over the rows of dy * xhat and dy are added to sum_dweight, sum_dbias.
+// Constants of a backward for every lane.
+template <class V>
+struct Gradients {
+  V mean, rstd, shift, minus_mean_g, minus_mean_gx, factor;
+  LANENORM_INLINE explicit Gradients(const GradientConstants<typename V::Scalar>& c)
+      : mean(V::broadcast(c.mean)),
+        rstd(V::broadcast(c.rstd)),
+        shift(V::broadcast(c.shift)),
+        minus_mean_g(V::broadcast(c.minus_mean_g)),
+        minus_mean_gx(V::broadcast(c.minus_mean_gx)),
+        factor(V::broadcast(c.factor)) {}
+};
+
+// dx of kRowBlock rows, or of one; with kParameters the sums over the rows of dy * xhat and dy are added to
+// sum_dweight and sum_dbias.
 template <int N, class T, class V, bool kWeight, bool kParameters>
 LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, char* const* dx, std::int64_t length,
                                    const typename V::Scalar* weight, const GradientConstants<typename V::Scalar>* c,
-                                   int step, typename V::Scalar* sum_dweight, typename V::Scalar* sum_dbias) {
+                                   typename V::Scalar* sum_dweight, typename V::Scalar* sum_dbias,
+                                   const char* const* ahead_x, const char* const* ahead_dy, bool stream) {
   using S = typename V::Scalar;
   constexpr std::int64_t kBytes = sizeof(T);
+  static_assert(N == 1 || N == 4);
+  const Gradients<V> k[4] = {Gradients<V>(c[0]), Gradients<V>(c[N > 1 ? 1 : 0]), Gradients<V>(c[N > 1 ? 2 : 0]),
+                             Gradients<V>(c[N > 1 ? 3 : 0])};
   for_vectors<V>(length, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
     V w = V::broadcast(S(1));
     if constexpr (kWeight) w = load<S, V>(reinterpret_cast<const char*>(weight + i), part);
     V g[N], xhat[N];
+    // All loads before the stores: rows a multiple of 4 KB apart would make each load wait for the store before it.
+    LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      const GradientConstants<S>& k = c[r * step];
       g[r] = load<T, V>(dy[r] + i * kBytes, part);
-      xhat[r] = normalize(load<T, V>(x[r] + i * kBytes, part), V::broadcast(k.mean), V::broadcast(k.rstd),
-                          V::broadcast(k.shift));
-      store<T>(input_gradient(g[r], w, xhat[r], V::broadcast(k.minus_mean_g), V::broadcast(k.minus_mean_gx),
-                              V::broadcast(k.factor)),
-               dx[r] + i * kBytes, part);
+      xhat[r] = normalize(load<T, V>(x[r] + i * kBytes, part), k[r].mean, k[r].rstd, k[r].shift);
+    }
+    LANENORM_UNROLL
+    for (int r = 0; r < N; ++r) {
+      if (ahead_x != nullptr) {
+        __builtin_prefetch(ahead_x[r] + i * kBytes, 0, 2);
+        __builtin_prefetch(ahead_dy[r] + i * kBytes, 0, 2);
+      }
+      write<T>(input_gradient(g[r], w, xhat[r], k[r].minus_mean_g, k[r].minus_mean_gx, k[r].factor),
+               dx[r] + i * kBytes, part, stream);
     }
     if constexpr (kParameters) {
       // Scratch is padded to whole vectors: masked lanes only ever touch padding.
@@ -513,30 +535,38 @@ LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, 
   });
 }
 
-// At most kRowBlock rows; at the end of a chunk, and every kFlushRows rows, the float32 sums go to the totals.
+// At most kRowBlock rows, constants[r] for row r; at the end of a chunk, and every kFlushRows rows, the float32 sums go
+// to the totals.
 template <class T, class V, class D>
-[[gnu::noinline]] void gradient_block(const RowGradient& a, std::int64_t first, std::int64_t rows, bool end) {
+[[gnu::noinline]] void gradient_block(const RowGradient& a, std::int64_t first, std::int64_t rows,
+                                      const GradientConstants<typename V::Scalar>* constants) {
   using S = typename V::Scalar;
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + first;
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + first;
   char* const* dx = reinterpret_cast<char* const*>(a.dx) + first;
   const S* w = static_cast<const S*>(a.weight);
-  const GradientConstants<S>* constants = static_cast<const GradientConstants<S>*>(a.constants);
-  const int step = a.shared ? 0 : 1;
   const bool parameters = a.dweight != nullptr;
   S* sum_dweight = static_cast<S*>(a.scratch);
   S* sum_dbias = sum_dweight + (parameters ? padded(a.length) : 0);
+  const bool ahead = a.prefetch && first + a.ahead + rows <= a.rows;
+  bool stream = a.stream;  // where all rows start on cache lines
+  for (std::int64_t r = 0; r < rows; ++r) stream = stream && reinterpret_cast<std::uintptr_t>(dx[r]) % 64 == 0;
   const auto block = [&](auto n, std::int64_t r) LANENORM_LAMBDA_INLINE {
     constexpr int N = decltype(n)::value;
-    const GradientConstants<S>* c = constants + (a.shared ? 0 : r);
+    const char* const* ahead_x = ahead ? x + r + a.ahead : nullptr;
+    const char* const* ahead_dy = ahead ? dy + r + a.ahead : nullptr;
+    const auto rows_of = [&](auto weighted, auto with_parameters) LANENORM_LAMBDA_INLINE {
+      gradient_rows<N, T, V, decltype(weighted)::value != 0, decltype(with_parameters)::value != 0>(
+          x + r, dy + r, dx + r, a.length, w, constants + r, sum_dweight, sum_dbias, ahead_x, ahead_dy, stream);
+    };
     if (parameters && w != nullptr) {
-      gradient_rows<N, T, V, true, true>(x + r, dy + r, dx + r, a.length, w, c, step, sum_dweight, sum_dbias);
+      rows_of(Count<1>{}, Count<1>{});
     } else if (parameters) {
-      gradient_rows<N, T, V, false, true>(x + r, dy + r, dx + r, a.length, w, c, step, sum_dweight, sum_dbias);
+      rows_of(Count<0>{}, Count<1>{});
     } else if (w != nullptr) {
-      gradient_rows<N, T, V, true, false>(x + r, dy + r, dx + r, a.length, w, c, step, sum_dweight, sum_dbias);
+      rows_of(Count<1>{}, Count<0>{});
     } else {
-      gradient_rows<N, T, V, false, false>(x + r, dy + r, dx + r, a.length, w, c, step, sum_dweight, sum_dbias);
+      rows_of(Count<0>{}, Count<0>{});
     }
   };
   if (rows == kRowBlock) {
@@ -544,7 +574,8 @@ template <class T, class V, class D>
   } else {
     for (std::int64_t r = 0; r < rows; ++r) block(Count<1>{}, r);
   }
-  if (parameters && ((end && a.last) || (a.done + first + kRowBlock) % kFlushRows == 0)) {
+  const bool end = a.last && first + rows == a.rows;
+  if (parameters && (end || (a.done + first + kRowBlock) % kFlushRows == 0)) {
     flush<V, D>(sum_dweight, a.length, a.dweight);
     flush<V, D>(sum_dbias, a.length, a.dbias);
   }
@@ -553,33 +584,80 @@ template <class T, class V, class D>
 template <class T, class V, class D>
 void row_gradient(const RowGradient& a) {
   using S = typename V::Scalar;
-  RowGradient block = a;
+  const GradientConstants<S>* constants = static_cast<const GradientConstants<S>*>(a.constants);
+  if (a.shared) {
+    const Gradients<V> k(*constants);
+    constexpr std::int64_t kBytes = sizeof(T);
+    for (std::int64_t run = 0; run < a.rows; ++run) {
+      const char* x = static_cast<const char*>(a.x[run]);
+      const char* dy = static_cast<const char*>(a.dy[run]);
+      const V one = V::broadcast(S(1));
+      write_line<T, V>(static_cast<char*>(a.dx[run]), a.length, a.stream,
+                       [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+                         const V xhat = normalize(load<T, V>(x + i * kBytes, part), k.mean, k.rstd, k.shift);
+                         return input_gradient(load<T, V>(dy + i * kBytes, part), one, xhat, k.minus_mean_g,
+                                               k.minus_mean_gx, k.factor);
+                       });
+    }
+    if (a.stream) fence();
+    return;
+  }
   for (std::int64_t first = 0; first < a.rows; first += kRowBlock) {
     const std::int64_t rows = a.rows - first < kRowBlock ? a.rows - first : kRowBlock;
-    if (!a.shared) block.constants = static_cast<const GradientConstants<S>*>(a.constants) + first;
-    gradient_block<T, V, D>(block, first, rows, first + rows == a.rows);
+    gradient_block<T, V, D>(a, first, rows, constants + first);
   }
+  if (a.stream) fence();
+}
+
+// Constants of `rows` <= 8 rows.
+template <class T, class V, class D>
+LANENORM_INLINE void finish_gradients(const RowBackward& a, std::int64_t first, int rows,
+                                      GradientConstants<typename V::Scalar>* constants) {
+  using S = typename V::Scalar;
+  const S* mean = static_cast<const S*>(a.mean) + first;
+  const S* rstd = static_cast<const S*>(a.rstd) + first;
+  const S* weight = static_cast<const S*>(a.weight);
+  D g[8], gt[8], t[8];
+  for (int r = 0; r < 8; ++r) {
+    D total[3] = {D::zero(), D::zero(), D::zero()};
+    if (r < rows) {
+      const char* x = static_cast<const char*>(a.x[first + r]);
+      const char* dy = static_cast<const char*>(a.dy[first + r]);
+      const V m = V::broadcast(mean[r]), s = V::broadcast(rstd[r]);
+      if (weight != nullptr) {
+        line_sums<T, V, D, true>(x, dy, weight, a.length, m, s, total);
+      } else {
+        line_sums<T, V, D, false>(x, dy, nullptr, a.length, m, s, total);
+      }
+    }
+    g[r] = total[0];
+    gt[r] = total[1];
+    t[r] = total[2];
+  }
+  const GradientTerms<D> terms =
+      gradient_terms(D::fold8(g), D::fold8(gt), D::fold8(t), D::broadcast(static_cast<double>(a.length)));
+  alignas(64) S low[8], minus_mean_g[8], minus_mean_gx[8];
+  terms.minus_low.template store<S>(low);
+  terms.minus_mean_g.template store<S>(minus_mean_g);
+  terms.minus_mean_gx.template store<S>(minus_mean_gx);
+  for (int r = 0; r < rows; ++r) constants[r] = {mean[r], rstd[r], low[r], minus_mean_g[r], minus_mean_gx[r], rstd[r]};
 }
 
 template <class T, class V, class D>
 void row_backward(const RowBackward& a) {
   using S = typename V::Scalar;
-  const S* mean = static_cast<const S*>(a.mean);
-  const S* rstd = static_cast<const S*>(a.rstd);
-  GradientConstants<S> constants[kRowBlock];
-  const RowGradient block{a.x,   a.dy,      a.dx,    a.rows,    a.length, a.weight, constants,
-                          false, a.dweight, a.dbias, a.scratch, a.done,   a.last};
-  for (std::int64_t first = 0; first < a.rows; first += kRowBlock) {
-    const std::int64_t rows = a.rows - first < kRowBlock ? a.rows - first : kRowBlock;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t row = first + r;
-      const GradientSums sums = runs_sums<T, V, D>(a.x + row, a.dy + row, 1, a.length, a.weight,
-                                                   V::broadcast(mean[row]), V::broadcast(rstd[row]));
-      double unused;
-      constants[r] = finish_gradient<S>(sums, static_cast<double>(a.length), mean[row], rstd[row], 1.0, true, &unused);
+  GradientConstants<S> constants[8];
+  const std::int64_t group = 2 * 8 * a.length * static_cast<std::int64_t>(sizeof(T)) <= kGroupBytes ? 8 : kRowBlock;
+  const RowGradient block{a.x,      a.dy,     a.dx,    a.rows,    a.length, a.weight, nullptr, false,
+                          a.stream, a.dweight, a.dbias, a.scratch, a.done,   a.last,   a.prefetch, group};
+  for (std::int64_t first = 0; first < a.rows; first += group) {
+    const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
+    finish_gradients<T, V, D>(a, first, rows, constants);
+    for (int r = 0; r < rows; r += kRowBlock) {
+      gradient_block<T, V, D>(block, first + r, rows - r < kRowBlock ? rows - r : kRowBlock, constants + r);
     }
-    gradient_block<T, V, D>(block, first, rows, first + rows == a.rows);
   }
+  if (a.stream) fence();
 }
 
 }  // namespace LANENORM_ISA

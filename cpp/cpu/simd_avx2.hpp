@@ -22,6 +22,8 @@ LANENORM_INLINE __m256i mask_pd(int count, int first = 0) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnesThenZeros + 16 - 2 * count + 2 * first));
 }
 
+LANENORM_INLINE void fence() { _mm_sfence(); }
+
 // ---- 16-bit storage: 8 halves in 128 bits ------------------------------------------------------------------------
 
 // There is no masked access to 16-bit elements. The first `count` (below 1: none, from 8 on: all) of 8 are read as two
@@ -166,6 +168,15 @@ struct F64x8 {
       store_halves(narrow_halves<T>(floats()), p, count);
     }
   }
+  template <class T>
+  LANENORM_INLINE void stream(void* p) const {
+    if constexpr (sizeof(T) == 8) {
+      _mm256_stream_pd(static_cast<double*>(p), v[0]);
+      _mm256_stream_pd(reinterpret_cast<double*>(lane_address<T>(p, 4)), v[1]);
+    } else {
+      store<T>(p);
+    }
+  }
   LANENORM_INLINE static F64x8 broadcast(double s) { return {{_mm256_set1_pd(s), _mm256_set1_pd(s)}}; }
   LANENORM_INLINE static F64x8 zero() { return {{_mm256_setzero_pd(), _mm256_setzero_pd()}}; }
 
@@ -202,6 +213,19 @@ struct F64x8 {
     const __m256d four = _mm256_add_pd(v[0], v[1]);
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
     return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+  // The same additions for eight vectors at once: a transposition between each halving.
+  LANENORM_INLINE static F64x8 fold8(const F64x8* v) {
+    const auto two = [](F64x8 a, F64x8 b) {  // lanes 0..1 of a, then of b
+      const __m256d four_a = _mm256_add_pd(a.v[0], a.v[1]), four_b = _mm256_add_pd(b.v[0], b.v[1]);
+      return _mm256_add_pd(_mm256_permute2f128_pd(four_a, four_b, 0x20), _mm256_permute2f128_pd(four_a, four_b, 0x31));
+    };
+    const auto one = [&](const F64x8* w) {
+      const __m256d ab = two(w[0], w[1]), cd = two(w[2], w[3]);
+      const __m256d acbd = _mm256_add_pd(_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd));
+      return _mm256_permute4x64_pd(acbd, 0xd8);
+    };
+    return {{one(v), one(v + 4)}};
   }
   LANENORM_INLINE F64x8 wide(int) const { return *this; }
   LANENORM_INLINE static F64x8 narrow(const F64x8* parts) { return parts[0]; }
@@ -255,6 +279,17 @@ struct F32x16 {
     } else {
       store_halves(narrow_halves<T>(v[0]), p, count);
       store_halves(narrow_halves<T>(v[1]), high, count - 8);
+    }
+  }
+  template <class T>
+  LANENORM_INLINE void stream(void* p) const {
+    char* high = lane_address<T>(p, 8);
+    if constexpr (sizeof(T) == 4) {
+      _mm256_stream_ps(static_cast<float*>(p), v[0]);
+      _mm256_stream_ps(reinterpret_cast<float*>(high), v[1]);
+    } else {
+      _mm_stream_si128(static_cast<__m128i*>(p), narrow_halves<T>(v[0]));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(high), narrow_halves<T>(v[1]));
     }
   }
   LANENORM_INLINE static F32x16 broadcast(float s) { return {{_mm256_set1_ps(s), _mm256_set1_ps(s)}}; }

@@ -20,6 +20,8 @@ inline namespace LANENORM_ISA {
 LANENORM_INLINE __mmask8 mask8(int count) { return static_cast<__mmask8>((1u << count) - 1u); }
 LANENORM_INLINE __mmask16 mask16(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 
+LANENORM_INLINE void fence() { _mm_sfence(); }
+
 // ---- 16-bit storage: 16 halves in 256 bits -----------------------------------------------------------------------
 
 template <class T>
@@ -100,6 +102,14 @@ struct F64x8 {
       _mm_mask_storeu_epi16(p, mask8(count), _mm256_castsi256_si128(halves));
     }
   }
+  template <class T>
+  LANENORM_INLINE void stream(void* p) const {
+    if constexpr (sizeof(T) == 8) {
+      _mm512_stream_pd(static_cast<double*>(p), v);
+    } else {
+      store<T>(p);
+    }
+  }
   LANENORM_INLINE static F64x8 broadcast(double s) { return {_mm512_set1_pd(s)}; }
   LANENORM_INLINE static F64x8 zero() { return {_mm512_setzero_pd()}; }
 
@@ -117,6 +127,19 @@ struct F64x8 {
     const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
     return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+  // The same additions for eight vectors at once: a transposition between each halving. 14 shuffles and 7 additions.
+  LANENORM_INLINE static F64x8 fold8(const F64x8* v) {
+    const auto four = [](F64x8 a, F64x8 b) {  // lanes 0..3 of a, then of b
+      return _mm512_add_pd(_mm512_shuffle_f64x2(a.v, b.v, 0x44), _mm512_shuffle_f64x2(a.v, b.v, 0xee));
+    };
+    const auto two = [](__m512d ab, __m512d cd) {
+      return _mm512_add_pd(_mm512_shuffle_f64x2(ab, cd, 0x88), _mm512_shuffle_f64x2(ab, cd, 0xdd));
+    };
+    const __m512d abcd = two(four(v[0], v[1]), four(v[2], v[3]));
+    const __m512d efgh = two(four(v[4], v[5]), four(v[6], v[7]));
+    const __m512d aebfcgdh = _mm512_add_pd(_mm512_unpacklo_pd(abcd, efgh), _mm512_unpackhi_pd(abcd, efgh));
+    return {_mm512_permutexvar_pd(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), aebfcgdh)};
   }
   LANENORM_INLINE F64x8 wide(int) const { return *this; }
   LANENORM_INLINE static F64x8 narrow(const F64x8* parts) { return parts[0]; }
@@ -160,6 +183,14 @@ struct F32x16 {
       _mm512_mask_storeu_ps(p, mask16(count), v);
     } else {
       _mm256_mask_storeu_epi16(p, mask16(count), narrow_halves<T>(v));
+    }
+  }
+  template <class T>
+  LANENORM_INLINE void stream(void* p) const {
+    if constexpr (sizeof(T) == 4) {
+      _mm512_stream_ps(static_cast<float*>(p), v);
+    } else {
+      _mm256_stream_si256(static_cast<__m256i*>(p), narrow_halves<T>(v));
     }
   }
   LANENORM_INLINE static F32x16 broadcast(float s) { return {_mm512_set1_ps(s)}; }

@@ -7,6 +7,9 @@
 //   + - * / fma sqrt           one rounding per operation and lane
 //   keep(a, count)             lanes from `count` on become +0
 //   fold()                     sum of lanes by halving: lane i + lane i + half, and so on
+//   F64x8::fold8(v)            the folds of eight vectors, v[i].fold() in lane i
+//   stream<T>(p)               store<T>(p) past the caches; p a multiple of 64 bytes (of 32 for 16-bit T); streamed lines
+//                              are visible to other threads after fence()
 //   wide(part), narrow(parts)  to and from F64x8: part 0 holds lanes 0..7, part 1 lanes 8..15
 #pragma once
 
@@ -48,6 +51,8 @@ LANENORM_INLINE double magnitude(double a) { return __builtin_fabs(a); }
 LANENORM_INLINE float root(float a) { return __builtin_sqrtf(a); }
 LANENORM_INLINE double root(double a) { return __builtin_sqrt(a); }
 
+LANENORM_INLINE void fence() {}
+
 // What the two types share.
 template <class Self, class S, int N>
 struct Lanewise {
@@ -76,6 +81,10 @@ struct Lanewise {
   template <class T>
   LANENORM_INLINE void store(void* p, int count) const {
     for (int i = 0; i < count; ++i) store_element<S, T>(lane[i], static_cast<char*>(p), i);
+  }
+  template <class T>
+  LANENORM_INLINE void stream(void* p) const {
+    store<T>(p);
   }
   LANENORM_INLINE static Self broadcast(S v) {
     return each([&](int) { return v; });
@@ -121,6 +130,9 @@ struct Lanewise {
 
 struct F64x8 : Lanewise<F64x8, double, 8> {
   static constexpr int kWide = 1;
+  LANENORM_INLINE static F64x8 fold8(const F64x8* v) {
+    return each([&](int i) { return v[i].fold(); });
+  }
   LANENORM_INLINE F64x8 wide(int) const { return *this; }
   LANENORM_INLINE static F64x8 narrow(const F64x8* parts) { return parts[0]; }
 };
