@@ -1,0 +1,163 @@
+#include "cpu/output_pool.hpp"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <deque>
+#include <mutex>
+#include <unordered_map>
+
+namespace lanenorm {
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kRounding = std::size_t{64} << 10;  // of smaller blocks, so that like sizes share one
+
+std::size_t rounded(std::size_t bytes) {
+  const std::size_t unit = bytes >= kHugePage ? kHugePage : kRounding;
+  return (bytes + unit - 1) / unit * unit;
+}
+
+// A block may serve a smaller request if no more than a quarter of it is wasted.
+bool fits(std::size_t capacity, std::size_t wanted) { return capacity >= wanted && capacity - wanted <= wanted / 4; }
+
+std::int64_t default_limit() {
+  const auto pages = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES));
+  const auto size = static_cast<std::int64_t>(sysconf(_SC_PAGESIZE));
+  return std::min(pages * size / 16, std::int64_t{1} << 30);
+}
+
+void* map(std::size_t capacity) {
+  const bool huge = capacity >= kHugePage;
+  const std::size_t spare = huge ? kHugePage : 0;
+  void* mapped = mmap(nullptr, capacity + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  if (!huge) return mapped;
+  char* first = static_cast<char*>(mapped);
+  const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(first) % kHugePage) % kHugePage;
+  if (before > 0) munmap(first, before);
+  if (before < spare) munmap(first + before + capacity, spare - before);
+#ifdef MADV_HUGEPAGE
+  madvise(first + before, capacity, MADV_HUGEPAGE);
+#endif
+  return first + before;
+}
+
+class Pool {
+ public:
+  void* allocate(std::size_t bytes) {
+    const std::size_t wanted = rounded(bytes);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // The smallest that fits, of equals the one freed last: it may still be in the cache.
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it) {
+      if (fits(it->capacity, wanted) && (best == free_.end() || it->capacity <= best->capacity)) best = it;
+    }
+    Block block;
+    if (best != free_.end()) {
+      block = *best;
+    } else {
+      block = {map(wanted), wanted};
+      if (block.base == nullptr) {  // what lies here may be what is missing
+        drop(0);
+        block.base = map(wanted);
+      }
+      if (block.base == nullptr) return nullptr;
+    }
+    used_.emplace(block.base, block.capacity);
+    used_bytes_ += block.capacity;
+    if (best != free_.end()) {
+      free_bytes_ -= block.capacity;
+      free_.erase(best);
+    }
+    return block.base;
+  }
+
+  void release(void* base) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = used_.find(base);
+    const Block block{base, found->second};
+    used_.erase(found);
+    used_bytes_ -= block.capacity;
+    free_.push_back(block);
+    free_bytes_ += block.capacity;
+    drop(limit_);
+  }
+
+  std::size_t capacity(const void* base) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return used_.at(const_cast<void*>(base));
+  }
+
+  PoolUse use() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {static_cast<std::int64_t>(used_bytes_), static_cast<std::int64_t>(free_bytes_), limit_,
+            static_cast<std::int64_t>(free_.size())};
+  }
+
+  void keep(std::int64_t limit, bool from_now_on) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (from_now_on) limit_ = limit;
+    drop(limit);
+  }
+
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  struct Block {
+    void* base;
+    std::size_t capacity;
+  };
+
+  // Unmaps the blocks freed first until at most `limit` bytes are free.
+  void drop(std::int64_t limit) {
+    while (!free_.empty() && static_cast<std::int64_t>(free_bytes_) > limit) {
+      munmap(free_.front().base, free_.front().capacity);
+      free_bytes_ -= free_.front().capacity;
+      free_.pop_front();
+    }
+  }
+
+  std::mutex mutex_;
+  std::deque<Block> free_;  // in the order in which they were freed
+  std::unordered_map<void*, std::size_t> used_;
+  std::size_t used_bytes_ = 0, free_bytes_ = 0;
+  std::int64_t limit_ = default_limit();
+};
+
+// Never destroyed: arrays may die after static objects. A fork waits until no thread is inside, so that the child's
+// copy is whole.
+Pool& pool() {
+  static Pool* const instance = [] {
+    pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
+    return new Pool;
+  }();
+  return *instance;
+}
+
+}  // namespace
+
+void* pool_allocate(std::size_t bytes) noexcept {
+  try {
+    return pool().allocate(bytes);
+  } catch (...) {  // no memory for the lists
+    return nullptr;
+  }
+}
+
+void pool_free(void* block) noexcept {
+  try {
+    if (block != nullptr) pool().release(block);
+  } catch (...) {  // no memory for the list of free blocks: this one stays mapped
+  }
+}
+
+std::size_t pool_capacity(const void* block) noexcept { return pool().capacity(block); }
+PoolUse pool_use() noexcept { return pool().use(); }
+void pool_free_all() noexcept { pool().keep(0, false); }
+void pool_set_limit(std::int64_t limit) noexcept { pool().keep(limit, true); }
+
+}  // namespace lanenorm
