@@ -35,8 +35,9 @@ SIGNATURES = {
     "show_runtime": "()",
     "cuda_available": "()",
     "cuda_unavailable_reason": "()",
+    "get_default_memory_pool": "()",
 }
-CLASSES = {"LayerNorm", "BatchNorm", "NormForward", "NormBackward"}
+CLASSES = {"LayerNorm", "BatchNorm", "MemoryPool", "NormForward", "NormBackward"}
 
 
 def test_version_is_that_of_cmake():

@@ -55,7 +55,7 @@ struct Statistic {
   Normalizer<C> normalizer;
 };
 
-// Limits of the fast path, by value and so the same everywhere: m2 must be finite and var + eps must not be so small
+// Limits of the fast path, by value and so the same everywhere: the variance must be finite and var + eps must not be so small
 // that the squares it is made of were subnormal (float32: 2^-126 < 2^-100; float64 likewise).
 template <class C>
 inline constexpr double kSmallestVariance = 0x1p-100;
@@ -65,8 +65,8 @@ inline constexpr double kSmallestVariance<double> = 0x1p-900;
 LANENORM_INLINE bool finite(double v) { return v - v == 0.0; }
 
 template <class C>
-LANENORM_INLINE bool out_of_range(double m2, double count, double eps) {
-  return !finite(m2) || !(m2 / count + eps >= kSmallestVariance<C>);
+LANENORM_INLINE bool out_of_range(double variance, double eps) {
+  return !finite(variance) || !(variance + eps >= kSmallestVariance<C>);
 }
 
 // The scale to redo an out-of-range statistic with. float32 data are redone in double, which needs none; float64 data
@@ -76,8 +76,8 @@ LANENORM_INLINE double redo_scale(double) {
   return 1.0;
 }
 template <>
-LANENORM_INLINE double redo_scale<double>(double m2) {
-  return finite(m2) ? 0x1p+600 : 0x1p-600;
+LANENORM_INLINE double redo_scale<double>(double variance) {
+  return finite(variance) ? 0x1p+600 : 0x1p-600;
 }
 
 LANENORM_INLINE double sqrt(double a) { return __builtin_sqrt(a); }

@@ -103,27 +103,43 @@ LANENORM_INLINE void for_vectors(std::int64_t length, F&& f) {
   if (i < length) f(i, Part{static_cast<int>(length - i)});
 }
 
-// Writes f(element index, Full or Part) to the line y. Streaming starts at a cache line's border; where vectors begin
-// changes no element.
+// Writing a line y of f(element index, Full or Part): up to its first cache line, and the rest from element i on.
+// Where vectors begin changes no element. Returns the first element not yet written.
 template <class T, class V, class F>
-LANENORM_INLINE void write_line(char* y, std::int64_t length, bool stream, F&& f) {
+LANENORM_INLINE std::int64_t write_head(char* y, std::int64_t length, F&& f) {
   constexpr std::int64_t kBytes = sizeof(T);
-  if (!stream) {
-    for_vectors<V, 2>(length, [&](std::int64_t i, auto part)
-                                  LANENORM_LAMBDA_INLINE { store<T>(f(i, part), y + i * kBytes, part); });
-    return;
+  const auto address = reinterpret_cast<std::uintptr_t>(y);
+  if (address % 64 == 0 || address % kBytes != 0) return 0;
+  std::int64_t head = static_cast<std::int64_t>(64 - address % 64) / kBytes;
+  if (head > length) head = length;
+  std::int64_t i = 0;
+  for (; i + V::kLanes <= head; i += V::kLanes) store<T>(f(i, Full{}), y + i * kBytes, Full{});  // 16-bit T only
+  if (i < head) {
+    const Part part{static_cast<int>(head - i)};
+    store<T>(f(i, part), y + i * kBytes, part);
   }
-  std::int64_t i = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(y) % 64) / kBytes;
-  for (std::int64_t start = 0; start < i && start < length; start += V::kLanes) {
-    const std::int64_t end = i < length ? i : length;
-    const Part part{static_cast<int>(end - start < V::kLanes ? end - start : V::kLanes)};
-    store<T>(f(start, part), y + start * kBytes, part);
+  return head;
+}
+template <class T, class V, class F>
+LANENORM_INLINE void write_rest(char* y, std::int64_t i, std::int64_t length, bool stream, F&& f) {
+  constexpr std::int64_t kBytes = sizeof(T);
+  for (; i + 2 * V::kLanes <= length; i += 2 * V::kLanes) {  // halves the loop's own instructions; more brought nothing
+    write<T>(f(i, Full{}), y + i * kBytes, Full{}, stream);
+    write<T>(f(i + V::kLanes, Full{}), y + (i + V::kLanes) * kBytes, Full{}, stream);
   }
-  for (; i + V::kLanes <= length; i += V::kLanes) f(i, Full{}).template stream<T>(y + i * kBytes);
+  if (i + V::kLanes <= length) {
+    write<T>(f(i, Full{}), y + i * kBytes, Full{}, stream);
+    i += V::kLanes;
+  }
   if (i < length) {
     const Part part{static_cast<int>(length - i)};
     store<T>(f(i, part), y + i * kBytes, part);
   }
+}
+template <class T, class V, class F>
+LANENORM_INLINE void write_line(char* y, std::int64_t length, bool stream, F&& f) {
+  // Ordinary stores may straddle cache lines: a head of their own made them slower.
+  write_rest<T, V>(y, stream ? write_head<T, V>(y, length, f) : 0, length, stream, f);
 }
 
 // A number of vectors or rows known at compile time.

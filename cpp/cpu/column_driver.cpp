@@ -235,7 +235,7 @@ class ColumnDriver {
     for (const bool finite_m2 : {true, false}) {  // float64: one scale for the tiny, one for the huge
       bool any = false;
       for (std::int64_t s = 0; s < t.statistics; ++s) {
-        any = any || (out_of_range<C>(m2[s], count, p_.args.eps) && finite(m2[s]) == finite_m2);
+        any = any || (out_of_range<C>(m2[s] / count, p_.args.eps) && finite(m2[s]) == finite_m2);
       }
       if (any) redo(t, m2, finite_m2, c, mean, rstd);
     }
@@ -283,7 +283,7 @@ class ColumnDriver {
       c->scale = c->scale_buffer;
     }
     for (std::int64_t s = 0; s < t.statistics; ++s) {
-      if (!out_of_range<C>(old_m2[s], count, p_.args.eps) || finite(old_m2[s]) != finite_m2) continue;
+      if (!out_of_range<C>(old_m2[s] / count, p_.args.eps) || finite(old_m2[s]) != finite_m2) continue;
       const Moments<double> m{folded[s], folded[pitch + s], folded[2 * pitch + s], folded[3 * pitch + s]};
       const Statistic<C> result = finish_scaled<C>(m, count, p_.args.eps, scale);
       mean[s] = result.mean;

@@ -25,6 +25,19 @@
 namespace lanenorm {
 inline namespace LANENORM_ISA {
 
+inline constexpr std::int64_t kFetchBytes = 4096;
+
+// Several rows are read side by side, which the processor does not take for streams: the rows after them are fetched by
+// hand. Moments of 100352 x 256 float32: 6.6 -> 2.6 ns a vector, gradient 12.6 -> 6.8; copy 5.4.
+LANENORM_INLINE void fetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// How many rows ahead: the next ones, at least 4 KB further.
+template <int N, class T>
+LANENORM_INLINE std::int64_t rows_ahead(std::int64_t columns) {
+  const std::int64_t bytes = columns * static_cast<std::int64_t>(sizeof(T));
+  return N * ((kFetchBytes + N * bytes - 1) / (N * bytes));
+}
+
 template <class V, class C>
 LANENORM_INLINE V load_lanes(const C* p) {
   return load<C, V>(reinterpret_cast<const char*>(p), Full{});
@@ -52,7 +65,7 @@ LANENORM_INLINE void store_moments(const Moments<D>& m, double* moments, std::in
 // float32: N rows of all columns join their sums of d and d^2. first: these are the first rows.
 template <int N, class T, class V, class D>
 LANENORM_INLINE void add_rows(const char* const* lines, const char* pivots, std::int64_t columns, bool first,
-                              double* sums, double* squares) {
+                              std::int64_t ahead, double* sums, double* squares) {
   for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
     D pivot[2], sum[2], square[2];
@@ -65,6 +78,7 @@ LANENORM_INLINE void add_rows(const char* const* lines, const char* pivots, std:
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       D d[2];
+      if (ahead > 0) fetch(lines[r + ahead] + at);
       load_wide<T, V>(lines[r] + at, part, d);
       LANENORM_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -87,11 +101,13 @@ LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
   const char* const* lines = reinterpret_cast<const char* const*>(a.x);
   double* sums = a.moments + pitch;
   double* squares = a.moments + 3 * pitch;
+  const std::int64_t distance = rows_ahead<kBlock, T>(a.columns);
   std::int64_t row = 0;
   for (; row + kBlock <= a.rows; row += kBlock) {
-    add_rows<kBlock, T, V, D>(lines + row, lines[0], a.columns, row == 0, sums, squares);
+    const std::int64_t ahead = row + kBlock + distance <= a.rows ? distance : 0;
+    add_rows<kBlock, T, V, D>(lines + row, lines[0], a.columns, row == 0, ahead, sums, squares);
   }
-  for (; row < a.rows; ++row) add_rows<1, T, V, D>(lines + row, lines[0], a.columns, row == 0, sums, squares);
+  for (; row < a.rows; ++row) add_rows<1, T, V, D>(lines + row, lines[0], a.columns, row == 0, 0, sums, squares);
   const D count = D::broadcast(static_cast<double>(a.rows));
   for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     D pivot[2];
@@ -282,6 +298,8 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + row;
   char* const* y = reinterpret_cast<char* const*>(a.y) + row;
   const bool stream = a.stream && on_cache_lines(y, N);
+  const std::int64_t distance = rows_ahead<N, T>(a.columns);
+  const std::int64_t ahead = stream && row + N + distance <= a.rows ? distance : 0;
   for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const auto of_column = [&](const void* p) LANENORM_LAMBDA_INLINE {
       return load<S, V>(reinterpret_cast<const char*>(static_cast<const S*>(p) + j), part);
@@ -295,7 +313,10 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
     // All loads before the stores: rows a multiple of 4 KB apart would make each load wait for the store before it.
     V v[N];
     LANENORM_UNROLL
-    for (int r = 0; r < N; ++r) v[r] = load<T, V>(x[r] + at, part);
+    for (int r = 0; r < N; ++r) {
+      if (ahead > 0) fetch(x[r + ahead] + at);
+      v[r] = load<T, V>(x[r] + at, part);
+    }
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       if constexpr (kPerRow) w = V::broadcast(weight[row + r]), b = V::broadcast(bias[row + r]);
@@ -333,6 +354,7 @@ LANENORM_INLINE void sums_block(const ColumnSums& a, std::int64_t row, typename 
   const S* weight = kWeight ? static_cast<const S*>(a.weight) + row : nullptr;
   const S* mean = static_cast<const S*>(a.mean);
   const S* rstd = static_cast<const S*>(a.rstd);
+  const std::int64_t distance = rows_ahead<N, T>(a.columns), ahead = row + N + distance <= a.rows ? distance : 0;
   const auto one = [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const V m = load<S, V>(reinterpret_cast<const char*>(mean + j), part);
     const V s = load<S, V>(reinterpret_cast<const char*>(rstd + j), part);
@@ -340,6 +362,7 @@ LANENORM_INLINE void sums_block(const ColumnSums& a, std::int64_t row, typename 
     V g[N], t[N];
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
+      if (ahead > 0) fetch(x[r + ahead] + at), fetch(dy[r + ahead] + at);
       g[r] = load<T, V>(dy[r] + at, part);
       if constexpr (kWeight) g[r] = g[r] * V::broadcast(weight[r]);
       t[r] = (load<T, V>(x[r] + at, part) - m) * s;
@@ -391,6 +414,8 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + row;
   char* const* dx = reinterpret_cast<char* const*>(a.dx) + row;
   const bool stream = a.stream && on_cache_lines(dx, N);
+  const std::int64_t distance = rows_ahead<N, T>(a.columns);
+  const std::int64_t ahead = stream && row + N + distance <= a.rows ? distance : 0;
   D dweight[N], dbias[N];
   LANENORM_UNROLL
   for (int r = 0; r < N; ++r) dweight[r] = dbias[r] = D::zero();
@@ -404,7 +429,11 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
     const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
     V gs[N], xs[N];
     LANENORM_UNROLL
-    for (int r = 0; r < N; ++r) gs[r] = load<T, V>(dy[r] + at, part), xs[r] = load<T, V>(x[r] + at, part);
+    for (int r = 0; r < N; ++r) {
+      if (ahead > 0) fetch(x[r + ahead] + at), fetch(dy[r + ahead] + at);
+      gs[r] = load<T, V>(dy[r] + at, part);
+      xs[r] = load<T, V>(x[r] + at, part);
+    }
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       const V g = gs[r];

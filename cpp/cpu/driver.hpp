@@ -13,11 +13,12 @@
 
 namespace lanenorm {
 
-// Mean and biased variance before rounding.
+// Mean and biased variance before rounding; three doubles, as kernels write them.
 struct ExactStatistic {
   Pair<double> mean;
   double variance;
 };
+static_assert(sizeof(ExactStatistic) == 3 * sizeof(double));
 
 // One operation with its small arrays in compute type C and in the order of the Plan.
 struct Problem {

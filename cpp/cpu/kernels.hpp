@@ -28,11 +28,13 @@ struct RowForward {
   const void* const* x;  // (rows) lines of `length` T
   void* const* y;        // (rows) lines of `length` T; y[i] == x[i] is fine
   std::int64_t rows, length;
-  const void* weight;  // (length) C, or null
-  const void* bias;    // (length) C, or null
+  const void* weight;  // (length) C, with per_row (rows) C, or null
+  const void* bias;    // likewise
+  bool per_row;
   double eps;
-  void* mean;  // (rows) C
-  void* rstd;  // (rows) C
+  void* mean;     // (rows) C
+  void* rstd;     // (rows) C
+  double* exact;  // (rows, 3): mean as high + low and variance before rounding; or null
   bool stream;    // write y past the caches
   bool prefetch;  // fetch the rows after these while writing
 };
@@ -44,14 +46,15 @@ struct RowMoments {
   double scale;  // x is multiplied by it (redo only)
 };
 
-// Normalization of one piece of one statistic.
+// Normalization of one piece of one statistic, or of a row of its own statistic per run.
 struct RowApply {
   const void* const* x;
   void* const* y;
   std::int64_t runs, length;
-  const void* normalizer;  // Normalizer<C>
-  const void* weight;      // per element: (runs, length) C; per statistic: one C; or null
-  const void* bias;        // likewise
+  const void* normalizer;  // Normalizer<C>; with per_run (runs)
+  bool per_run;
+  const void* weight;  // per element: (runs, length) C; per statistic: one C, with per_run (runs) C; or null
+  const void* bias;    // likewise
   bool per_element;
   bool stream;               // write y past the caches
   const void* const* ahead;  // (runs) lines of x to fetch meanwhile, or null
@@ -90,10 +93,11 @@ struct RowBackward {
   const void* const* dy;
   void* const* dx;
   std::int64_t rows, length;
-  const void* weight;  // (length) C, or null
+  const void* weight;  // (length) C, with per_row (rows) C, or null
   const void* mean;    // (rows) C
   const void* rstd;    // (rows) C
-  double* dweight;     // this and the rest as in RowGradient
+  bool per_row;        // BN: weight, dweight, dbias belong to the row
+  double* dweight;     // with per_row (rows), else this and the rest as in RowGradient
   double* dbias;
   void* scratch;
   std::int64_t done;
@@ -206,8 +210,9 @@ inline constexpr std::int64_t kPieceRows = 1024;
 inline constexpr std::int64_t kRowBlock = 4;
 inline constexpr std::int64_t kFlushRows = 32;  // then the float32 sums go to double
 
-// Column arrays are padded to whole vectors, so that kernels may write all lanes. Always inlined, since ISA units call
+// Column arrays are padded to whole vectors, so that kernels may write all lanes, and to an odd number of cache lines:
+// with 1024 columns the arrays of one tile would otherwise lie 4 KB apart and evict each other from L1. Always inlined, since ISA units call
 // it: no copy of it may be left for the linker to choose (core/isa.hpp).
-[[gnu::always_inline]] constexpr std::int64_t padded(std::int64_t columns) { return (columns + 15) / 16 * 16; }
+[[gnu::always_inline]] constexpr std::int64_t padded(std::int64_t columns) { return ((columns + 15) / 16 | 1) * 16; }
 
 }  // namespace lanenorm

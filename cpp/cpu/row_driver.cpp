@@ -52,7 +52,7 @@ class RowDriver {
   explicit RowDriver(const Problem& p) : p_(p), plan_(p.plan), segments_(p), stream_(p.stream()) {}
 
   void forward() const {
-    if (plan_.affine == Affine::per_element && segments_.count() == 1 && plan_.lines_per_statistic == 1) {
+    if (whole_rows()) {
       forward_whole_rows();
     } else if (by_statistic()) {
       for_statistics(2, [&](std::int64_t s) {
@@ -67,6 +67,7 @@ class RowDriver {
   }
 
   void inference() const {
+    if (whole_rows()) return inference_whole_rows();
     const C* mean = static_cast<const C*>(p_.mean);
     const C* rstd = static_cast<const C*>(p_.rstd);
     const C* rstd_low = static_cast<const C*>(p_.rstd_low);
@@ -83,7 +84,7 @@ class RowDriver {
 
   void backward() const {
     if (plan_.affine == Affine::per_statistic) {
-      backward_per_statistic();
+      whole_rows() && p_.args.training ? backward_single_lines() : backward_per_statistic();
     } else if (segments_.count() == 1 && plan_.lines_per_statistic == 1 &&
                chunks() >= smaller(8, 2 * get_num_threads())) {
       backward_whole_rows();
@@ -94,6 +95,9 @@ class RowDriver {
 
  private:
   // ---- pieces
+
+  // A statistic is one line of one segment: LN, and BN of a single image.
+  bool whole_rows() const { return segments_.count() == 1 && plan_.lines_per_statistic == 1; }
 
   bool by_statistic() const {
     // Up to 64 segments (4 M elements) a thread keeps going over a statistic that its cache may still hold.
@@ -139,9 +143,11 @@ class RowDriver {
         a.y = y.get(row, 1, group, 0, plan_.inner);
         a.rows = group;
         a.length = plan_.inner;
-        a.weight = p_.weight;
-        a.bias = p_.bias;
+        a.per_row = plan_.affine == Affine::per_statistic;
+        a.weight = at(p_.weight, a.per_row ? row : 0);
+        a.bias = at(p_.bias, a.per_row ? row : 0);
         a.eps = p_.args.eps;
+        a.exact = p_.exact == nullptr ? nullptr : reinterpret_cast<double*>(p_.exact + row);
         a.mean = static_cast<C*>(p_.mean) + row;
         a.rstd = static_cast<C*>(p_.rstd) + row;
         a.stream = stream_;
@@ -181,8 +187,8 @@ class RowDriver {
     double count;
     const Moments<double> m = tree.total(&count);
     Statistic<C> result;
-    if (out_of_range<C>(m.m2, count, p_.args.eps)) {
-      const double scale = redo_scale<C>(m.m2);
+    if (out_of_range<C>(m.m2 / count, p_.args.eps)) {
+      const double scale = redo_scale<C>(m.m2 / count);
       SegmentTree wide;
       for (std::int64_t i = 0; i < segments_.count(); ++i) push(&wide, moments(s, i, true, scale));
       result = finish_scaled<C>(wide.total(&count), count, p_.args.eps, scale);
@@ -195,8 +201,32 @@ class RowDriver {
     return result.normalizer;
   }
 
-  const C* at(const void* parameters, std::int64_t index) const {
+  static const C* at(const void* parameters, std::int64_t index) {
     return parameters == nullptr ? nullptr : static_cast<const C*>(parameters) + index;
+  }
+
+  void inference_whole_rows() const {
+    const std::int64_t rows = larger(1, row_piece() / plan_.inner);
+    const C* mean = static_cast<const C*>(p_.mean);
+    const C* rstd = static_cast<const C*>(p_.rstd);
+    const C* rstd_low = static_cast<const C*>(p_.rstd_low);
+    parallel_for(ceil_div(plan_.outer, rows), p_.bytes(2), [&](std::int64_t piece) {
+      const std::int64_t stop = smaller(plan_.outer, (piece + 1) * rows);
+      constexpr std::int64_t kStep = 16;
+      for (std::int64_t row = piece * rows; row < stop; row += kStep) {
+        Normalizer<C> normalizer[kStep];
+        const std::int64_t count = smaller(kStep, stop - row);
+        for (std::int64_t i = 0; i < count; ++i) {
+          normalizer[i] = {mean[row + i], rstd[row + i], rstd_low[row + i], -C(0), C(1)};
+        }
+        InputLines x = x_lines();
+        OutputLines y = y_lines();
+        p_.kernels.row_apply({x.get(row, 1, count, 0, plan_.inner), y.get(row, 1, count, 0, plan_.inner), count,
+                              plan_.inner, normalizer, true, at(p_.weight, row), at(p_.bias, row), false, stream_,
+                              nullptr});
+        y.finish();
+      }
+    });
   }
 
   // next: the statistic whose moments are computed after this one, or s; its x is fetched while y is written.
@@ -212,6 +242,7 @@ class RowDriver {
     a.runs = segment.runs;
     a.length = segment.length;
     a.normalizer = &normalizer;
+    a.per_run = false;
     a.weight = at(p_.weight, parameter);
     a.bias = at(p_.bias, parameter);
     a.per_element = per_element;
@@ -286,6 +317,36 @@ class RowDriver {
       const GradientConstants<C> constants = finish_sums(s, total);
       parallel_for(count, 3 * bytes, [&](std::int64_t i) { gradient(s, i, constants); });
     }
+  }
+
+  // One line a statistic: a row of its own, 8 of them finished together.
+  void backward_single_lines() const {
+    const std::int64_t rows = ceil_div(larger(8, row_piece() / plan_.inner), 8) * 8;
+    parallel_for(ceil_div(plan_.outer, rows), p_.bytes(3), [&](std::int64_t piece) {
+      const std::int64_t stop = smaller(plan_.outer, (piece + 1) * rows);
+      const bool direct = plan_.x.direct && plan_.dy.direct && plan_.y.direct;
+      const std::int64_t step = direct ? rows : 8;
+      for (std::int64_t row = piece * rows; row < stop; row += step) {
+        InputLines x = x_lines(), dy = dy_lines();
+        OutputLines dx = y_lines();
+        RowBackward a{};
+        a.rows = smaller(step, stop - row);
+        a.length = plan_.inner;
+        a.x = x.get(row, 1, a.rows, 0, plan_.inner);
+        a.dy = dy.get(row, 1, a.rows, 0, plan_.inner);
+        a.dx = dx.get(row, 1, a.rows, 0, plan_.inner);
+        a.weight = at(p_.weight, row);
+        a.mean = at(p_.mean, row);
+        a.rstd = at(p_.rstd, row);
+        a.per_row = true;
+        a.dweight = p_.dweight == nullptr ? nullptr : p_.dweight + row;
+        a.dbias = p_.dbias == nullptr ? nullptr : p_.dbias + row;
+        a.stream = stream_;
+        a.prefetch = prefetch();
+        p_.kernels.row_backward(a);
+        dx.finish();
+      }
+    });
   }
 
   void gradient(std::int64_t s, std::int64_t i, const GradientConstants<C>& constants) const {

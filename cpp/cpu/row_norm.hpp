@@ -240,6 +240,13 @@ struct StatisticAffine {
   }
 };
 
+template <class V>
+LANENORM_INLINE StatisticAffine<V> statistic_affine(const void* weight, const void* bias, std::int64_t i) {
+  using S = typename V::Scalar;
+  return {V::broadcast(weight == nullptr ? S(1) : static_cast<const S*>(weight)[i]),
+          V::broadcast(bias == nullptr ? -S(0) : static_cast<const S*>(bias)[i])};
+}
+
 // How the result is written, and what is read meanwhile.
 struct Traffic {
   bool stream;        // past the caches: y will not be read from them
@@ -293,9 +300,10 @@ LANENORM_INLINE void apply_any(const char* x, char* y, std::int64_t length, cons
 template <class T, class V>
 void row_apply(const RowApply& a) {
   using S = typename V::Scalar;
-  const Normalizer<S>& n = *static_cast<const Normalizer<S>*>(a.normalizer);
+  const Normalizer<S>* normalizer = static_cast<const Normalizer<S>*>(a.normalizer);
   const auto runs = [&](auto affine_of_run) LANENORM_LAMBDA_INLINE {
     for (std::int64_t run = 0; run < a.runs; ++run) {
+      const Normalizer<S>& n = normalizer[a.per_run ? run : 0];
       const Traffic traffic{a.stream, a.ahead == nullptr ? nullptr : static_cast<const char*>(a.ahead[run])};
       apply_any<T, V>(static_cast<const char*>(a.x[run]), static_cast<char*>(a.y[run]), a.length, n, affine_of_run(run),
                       traffic);
@@ -303,9 +311,7 @@ void row_apply(const RowApply& a) {
     if (a.stream) fence();
   };
   if (!a.per_element) {
-    const S weight = a.weight == nullptr ? S(1) : *static_cast<const S*>(a.weight);
-    const S bias = a.bias == nullptr ? -S(0) : *static_cast<const S*>(a.bias);
-    runs([&](std::int64_t) { return StatisticAffine<V>{V::broadcast(weight), V::broadcast(bias)}; });
+    runs([&](std::int64_t run) { return statistic_affine<V>(a.weight, a.bias, a.per_run ? run : 0); });
     return;
   }
   with_affine<V>(a.weight, a.bias, [&](auto affine) LANENORM_LAMBDA_INLINE {
@@ -318,43 +324,96 @@ void row_apply(const RowApply& a) {
   });
 }
 
+// ---- streaming short rows ----------------------------------------------------------------------------------------
+
+// Rows that do not start on cache lines cannot be streamed one by one. Where they are short and adjacent in y, they are
+// written to L1 first and leave it as whole lines. 65537 x 100 float32: 100 -> 50 ns a row, copy 30.
+template <class D>
+class Stage {
+ public:
+  LANENORM_INLINE Stage(bool stream, std::int64_t row_bytes)
+      : active_(stream && row_bytes % 64 != 0 && 8 * row_bytes <= kBytes), row_bytes_(row_bytes) {}
+  LANENORM_INLINE ~Stage() { flush(); }
+  Stage(const Stage&) = delete;
+  Stage& operator=(const Stage&) = delete;
+
+  LANENORM_INLINE bool active() const { return active_; }
+
+  // Where to write the rows y[0..rows), at most 8: there, or here. table: (8)
+  LANENORM_INLINE char* const* lines(void* const* y, int rows, char** table) {
+    char* const* direct = reinterpret_cast<char* const*>(y);
+    if (!active_) return direct;
+    for (int r = 0; r + 1 < rows; ++r) {
+      if (direct[r + 1] - direct[r] != row_bytes_) return direct;
+    }
+    if (filled_ > 0 && (begin_ + filled_ != direct[0] || filled_ + rows * row_bytes_ > kBytes)) flush();
+    if (filled_ == 0) begin_ = direct[0];
+    char* base = buffer_ + reinterpret_cast<std::uintptr_t>(begin_) % 64 + filled_;
+    for (int r = 0; r < rows; ++r) table[r] = base + r * row_bytes_;
+    filled_ += rows * row_bytes_;
+    return table;
+  }
+
+ private:
+  static constexpr std::int64_t kBytes = 8192;
+
+  LANENORM_INLINE void flush() {
+    const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(begin_) % 64);
+    const char* from = buffer_ + offset;
+    std::int64_t i = offset == 0 ? 0 : 64 - offset;
+    if (i > filled_) i = filled_;
+    __builtin_memcpy(begin_, from, static_cast<std::size_t>(i));
+    for (; i + 64 <= filled_; i += 64) D::template load<double>(from + i).template stream<double>(begin_ + i);
+    __builtin_memcpy(begin_ + i, from + i, static_cast<std::size_t>(filled_ - i));
+    filled_ = 0;
+  }
+
+  bool active_;
+  std::int64_t row_bytes_, filled_ = 0;
+  char* begin_ = nullptr;
+  alignas(64) char buffer_[kBytes + 64];
+};
+
 // ---- forward -----------------------------------------------------------------------------------------------------
 
 // A statistic out of range, from moments in double.
 template <class T, class V, class D>
-[[gnu::noinline]] Statistic<typename V::Scalar> redo_row(const void* x, std::int64_t length, double m2, double eps) {
+[[gnu::noinline]] Statistic<typename V::Scalar> redo_row(const void* x, std::int64_t length, double variance, double eps) {
   using S = typename V::Scalar;
   double count;
-  const double scale = redo_scale<S>(m2);
+  const double scale = redo_scale<S>(variance);
   const Moments<double> m = piece_moments<T, V, D, true>(&x, 1, length, scale, &count);
   return finish_scaled<S>(m, count, eps, scale);
 }
 
 // Normalizers of `rows` <= 8 rows; mean and rstd as saved.
 template <class T, class V, class D>
-LANENORM_INLINE void finish_rows(const void* const* x, int rows, std::int64_t length, double eps,
-                                 Normalizer<typename V::Scalar>* normalizer, typename V::Scalar* mean,
-                                 typename V::Scalar* rstd) {
+LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, int rows,
+                                 Normalizer<typename V::Scalar>* normalizer) {
   using S = typename V::Scalar;
+  const void* const* x = a.x + first_row;
+  const std::int64_t length = a.length;
+  const double eps = a.eps;
+  S* mean = static_cast<S*>(a.mean) + first_row;
+  S* rstd = static_cast<S*>(a.rstd) + first_row;
+  double* exact = a.exact == nullptr ? nullptr : a.exact + 3 * first_row;
   const double count = static_cast<double>(length);
-  const auto redo = [&](int r, double m2) LANENORM_LAMBDA_INLINE {
-    const Statistic<S> s = redo_row<T, V, D>(x[r], length, m2, eps);
+  const auto set = [&](int r, const Statistic<S>& s) LANENORM_LAMBDA_INLINE {
     normalizer[r] = s.normalizer;
     mean[r] = s.mean;
     rstd[r] = s.rstd;
+    if (exact != nullptr) {
+      exact[3 * r] = s.exact_mean.high;
+      exact[3 * r + 1] = s.exact_mean.low;
+      exact[3 * r + 2] = s.variance;
+    }
   };
   if constexpr (sizeof(T) == 8) {
     for (int r = 0; r < rows; ++r) {
       double elements;
       const Moments<double> m = piece_moments<T, V, D, false>(x + r, 1, length, 1.0, &elements);
-      if (out_of_range<S>(m.m2, count, eps)) {
-        redo(r, m.m2);
-        continue;
-      }
-      const Statistic<S> s = finish<S>(m, count, eps);
-      normalizer[r] = s.normalizer;
-      mean[r] = s.mean;
-      rstd[r] = s.rstd;
+      set(r, out_of_range<S>(m.m2 / count, eps) ? redo_row<T, V, D>(x[r], length, m.m2 / count, eps)
+                                                : finish<S>(m, count, eps));
     }
   } else {
     alignas(64) double pivot[8] = {};
@@ -376,17 +435,20 @@ LANENORM_INLINE void finish_rows(const void* const* x, int rows, std::int64_t le
     const Moments<D> m = moments_about(D::template load<double>(pivot), D::fold8(sum), D::fold8(square), n, D::zero());
     const Finished<D> f = finish<S>(m, n, D::broadcast(eps), D::broadcast(1.0));
     alignas(64) S means[8], rstds[8], lows[8], shifts[8];
-    alignas(64) double m2[8];
+    alignas(64) double high[8], low[8], variance[8];
+    f.exact_mean.high.template store<double>(high);
+    f.exact_mean.low.template store<double>(low);
+    f.variance.template store<double>(variance);
     f.mean.template store<S>(means);
     f.rstd.template store<S>(rstds);
     f.rstd_low.template store<S>(lows);
     f.shift.template store<S>(shifts);
-    m.m2.template store<double>(m2);
     for (int r = 0; r < rows; ++r) {
-      normalizer[r] = {means[r], rstds[r], lows[r], shifts[r], S(1)};
-      mean[r] = means[r];
-      rstd[r] = rstds[r];
-      if (__builtin_expect(out_of_range<S>(m2[r], count, eps), 0)) redo(r, m2[r]);
+      if (__builtin_expect(out_of_range<S>(variance[r], eps), 0)) {
+        set(r, redo_row<T, V, D>(x[r], length, variance[r], eps));
+      } else {
+        set(r, {means[r], rstds[r], {high[r], low[r]}, variance[r], {means[r], rstds[r], lows[r], shifts[r], S(1)}});
+      }
     }
   }
 }
@@ -394,23 +456,34 @@ LANENORM_INLINE void finish_rows(const void* const* x, int rows, std::int64_t le
 // Rows that are finished together: 8, fewer where x of 8 rows would not stay in half of L1 until it is applied.
 inline constexpr std::int64_t kGroupBytes = 16384;
 
-template <class T, class V, class D>
-void row_forward(const RowForward& a) {
-  using S = typename V::Scalar;
+template <class T, class V, class D, class A>
+LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row) {
   const std::int64_t fitting = kGroupBytes / (a.length * static_cast<std::int64_t>(sizeof(T)));
   const std::int64_t group = fitting < 1 ? 1 : fitting < 8 ? fitting : 8;
+  Stage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
   for (std::int64_t first = 0; first < a.rows; first += group) {
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
-    Normalizer<S> normalizer[8];
-    finish_rows<T, V, D>(a.x + first, rows, a.length, a.eps, normalizer, static_cast<S*>(a.mean) + first,
-                         static_cast<S*>(a.rstd) + first);
+    Normalizer<typename V::Scalar> normalizer[8];
+    finish_rows<T, V, D>(a, first, rows, normalizer);
+    char* table[8];
+    char* const* y = stage.lines(a.y + first, rows, table);
+    for (int r = 0; r < rows; ++r) {
+      const std::int64_t next = first + r + group;
+      const Traffic traffic{a.stream && y != table,
+                            a.prefetch && next < a.rows ? static_cast<const char*>(a.x[next]) : nullptr};
+      apply_any<T, V>(static_cast<const char*>(a.x[first + r]), y[r], a.length, normalizer[r], affine_of_row(first + r),
+                      traffic);
+    }
+  }
+}
+
+template <class T, class V, class D>
+void row_forward(const RowForward& a) {
+  if (a.per_row) {
+    forward_groups<T, V, D>(a, [&](std::int64_t row) { return statistic_affine<V>(a.weight, a.bias, row); });
+  } else {
     with_affine<V>(a.weight, a.bias, [&](auto affine) LANENORM_LAMBDA_INLINE {
-      for (int r = 0; r < rows; ++r) {
-        const std::int64_t next = first + r + group;
-        const Traffic traffic{a.stream, a.prefetch && next < a.rows ? static_cast<const char*>(a.x[next]) : nullptr};
-        apply_any<T, V>(static_cast<const char*>(a.x[first + r]), static_cast<char*>(a.y[first + r]), a.length,
-                        normalizer[r], affine, traffic);
-      }
+      forward_groups<T, V, D>(a, [&](std::int64_t) { return affine; });
     });
   }
   if (a.stream) fence();
@@ -535,21 +608,20 @@ LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, 
   });
 }
 
-// At most kRowBlock rows, constants[r] for row r; at the end of a chunk, and every kFlushRows rows, the float32 sums go
+// At most kRowBlock rows, constants[r] for row r, dx to dx[r]; streamed where all of them start on cache lines. At the end of a chunk, and every kFlushRows rows, the float32 sums go
 // to the totals.
 template <class T, class V, class D>
 [[gnu::noinline]] void gradient_block(const RowGradient& a, std::int64_t first, std::int64_t rows,
-                                      const GradientConstants<typename V::Scalar>* constants) {
+                                      const GradientConstants<typename V::Scalar>* constants, char* const* dx,
+                                      bool stream) {
   using S = typename V::Scalar;
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + first;
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + first;
-  char* const* dx = reinterpret_cast<char* const*>(a.dx) + first;
   const S* w = static_cast<const S*>(a.weight);
   const bool parameters = a.dweight != nullptr;
   S* sum_dweight = static_cast<S*>(a.scratch);
   S* sum_dbias = sum_dweight + (parameters ? padded(a.length) : 0);
   const bool ahead = a.prefetch && first + a.ahead + rows <= a.rows;
-  bool stream = a.stream;  // where all rows start on cache lines
   for (std::int64_t r = 0; r < rows; ++r) stream = stream && reinterpret_cast<std::uintptr_t>(dx[r]) % 64 == 0;
   const auto block = [&](auto n, std::int64_t r) LANENORM_LAMBDA_INLINE {
     constexpr int N = decltype(n)::value;
@@ -604,12 +676,12 @@ void row_gradient(const RowGradient& a) {
   }
   for (std::int64_t first = 0; first < a.rows; first += kRowBlock) {
     const std::int64_t rows = a.rows - first < kRowBlock ? a.rows - first : kRowBlock;
-    gradient_block<T, V, D>(a, first, rows, constants + first);
+    gradient_block<T, V, D>(a, first, rows, constants + first, reinterpret_cast<char* const*>(a.dx) + first, a.stream);
   }
   if (a.stream) fence();
 }
 
-// Constants of `rows` <= 8 rows.
+// Constants of `rows` <= 8 rows; with per_row their dweight and dbias too.
 template <class T, class V, class D>
 LANENORM_INLINE void finish_gradients(const RowBackward& a, std::int64_t first, int rows,
                                       GradientConstants<typename V::Scalar>* constants) {
@@ -624,7 +696,7 @@ LANENORM_INLINE void finish_gradients(const RowBackward& a, std::int64_t first, 
       const char* x = static_cast<const char*>(a.x[first + r]);
       const char* dy = static_cast<const char*>(a.dy[first + r]);
       const V m = V::broadcast(mean[r]), s = V::broadcast(rstd[r]);
-      if (weight != nullptr) {
+      if (weight != nullptr && !a.per_row) {
         line_sums<T, V, D, true>(x, dy, weight, a.length, m, s, total);
       } else {
         line_sums<T, V, D, false>(x, dy, nullptr, a.length, m, s, total);
@@ -634,13 +706,22 @@ LANENORM_INLINE void finish_gradients(const RowBackward& a, std::int64_t first, 
     gt[r] = total[1];
     t[r] = total[2];
   }
+  const D sum_g = D::fold8(g);
   const GradientTerms<D> terms =
-      gradient_terms(D::fold8(g), D::fold8(gt), D::fold8(t), D::broadcast(static_cast<double>(a.length)));
+      gradient_terms(sum_g, D::fold8(gt), D::fold8(t), D::broadcast(static_cast<double>(a.length)));
   alignas(64) S low[8], minus_mean_g[8], minus_mean_gx[8];
   terms.minus_low.template store<S>(low);
   terms.minus_mean_g.template store<S>(minus_mean_g);
   terms.minus_mean_gx.template store<S>(minus_mean_gx);
   for (int r = 0; r < rows; ++r) constants[r] = {mean[r], rstd[r], low[r], minus_mean_g[r], minus_mean_gx[r], rstd[r]};
+  if (!a.per_row) return;
+  for (int r = 0; weight != nullptr && r < rows; ++r) {
+    constants[r].factor = static_cast<S>(static_cast<double>(rstd[r]) * static_cast<double>(weight[first + r]));
+  }
+  if (a.dweight != nullptr) {
+    terms.gx.template store<double>(a.dweight + first, rows);
+    sum_g.template store<double>(a.dbias + first, rows);
+  }
 }
 
 template <class T, class V, class D>
@@ -648,13 +729,32 @@ void row_backward(const RowBackward& a) {
   using S = typename V::Scalar;
   GradientConstants<S> constants[8];
   const std::int64_t group = 2 * 8 * a.length * static_cast<std::int64_t>(sizeof(T)) <= kGroupBytes ? 8 : kRowBlock;
-  const RowGradient block{a.x,      a.dy,     a.dx,    a.rows,    a.length, a.weight, nullptr, false,
-                          a.stream, a.dweight, a.dbias, a.scratch, a.done,   a.last,   a.prefetch, group};
+  // Parameters of a row are no business of gradient_block.
+  const RowGradient block{a.x,
+                          a.dy,
+                          a.dx,
+                          a.rows,
+                          a.length,
+                          a.per_row ? nullptr : a.weight,
+                          nullptr,
+                          false,
+                          a.stream,
+                          a.per_row ? nullptr : a.dweight,
+                          a.per_row ? nullptr : a.dbias,
+                          a.scratch,
+                          a.done,
+                          a.last,
+                          a.prefetch,
+                          group};
+  Stage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
   for (std::int64_t first = 0; first < a.rows; first += group) {
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
     finish_gradients<T, V, D>(a, first, rows, constants);
+    char* table[8];
+    char* const* dx = stage.lines(a.dx + first, rows, table);
     for (int r = 0; r < rows; r += kRowBlock) {
-      gradient_block<T, V, D>(block, first + r, rows - r < kRowBlock ? rows - r : kRowBlock, constants + r);
+      gradient_block<T, V, D>(block, first + r, rows - r < kRowBlock ? rows - r : kRowBlock, constants + r, dx + r,
+                              a.stream && dx != table);
     }
   }
   if (a.stream) fence();

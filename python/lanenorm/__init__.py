@@ -7,9 +7,11 @@ NumPy's.
 
 from lanenorm import _cpu
 from lanenorm._runtime import (
+    MemoryPool,
     available_isas,
     cuda_available,
     cuda_unavailable_reason,
+    get_default_memory_pool,
     get_num_threads,
     num_threads,
     register_with_threadpoolctl,
@@ -32,6 +34,7 @@ from lanenorm.layers import BatchNorm, LayerNorm
 __all__ = [
     "BatchNorm",
     "LayerNorm",
+    "MemoryPool",
     "NormBackward",
     "NormForward",
     "__version__",
@@ -41,6 +44,7 @@ __all__ = [
     "batch_norm_forward",
     "cuda_available",
     "cuda_unavailable_reason",
+    "get_default_memory_pool",
     "get_num_threads",
     "layer_norm",
     "layer_norm_backward",

@@ -170,6 +170,132 @@ def use_isa(name: str) -> str:
     return _cpu.use_isa(name)
 
 
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+class MemoryPool:
+    """The memory that large outputs are made of, kept when they die and used again.
+
+    Memory fresh from the operating system costs more than normalizing into it. Outputs of 256 KB and more that no `out`
+    was given for come from here; they are ordinary arrays that own their data. Methods are those of CuPy's
+    `cupy.cuda.MemoryPool`; `get_default_memory_pool` gives the one instance.
+
+    Notes
+    -----
+    At most `get_limit` bytes lie here unused; what was freed first goes back to the operating system first. A forked
+    child has a pool of its own.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lanenorm
+    >>> pool = lanenorm.get_default_memory_pool()
+    >>> pool.free_all_blocks()
+    >>> y = lanenorm.layer_norm(np.ones((1024, 1024), np.float32))
+    >>> pool.used_bytes() >= y.nbytes
+    True
+    >>> del y
+    >>> pool.free_bytes() >= 4 << 20
+    True
+    """
+
+    def used_bytes(self) -> int:
+        """Bytes that living arrays are made of.
+
+        Returns
+        -------
+        int
+            With what rounding block sizes adds.
+        """
+        return _cpu.pool_use()["used"]
+
+    def free_bytes(self) -> int:
+        """Bytes kept for outputs to come.
+
+        Returns
+        -------
+        int
+            At most `get_limit`.
+        """
+        return _cpu.pool_use()["free"]
+
+    def total_bytes(self) -> int:
+        """Bytes in use and kept.
+
+        Returns
+        -------
+        int
+            The sum of `used_bytes` and `free_bytes`.
+        """
+        use = _cpu.pool_use()
+        return use["used"] + use["free"]
+
+    def n_free_blocks(self) -> int:
+        """How many blocks are kept.
+
+        Returns
+        -------
+        int
+            Each is one former output.
+        """
+        return _cpu.pool_use()["free_blocks"]
+
+    def free_all_blocks(self) -> None:
+        """Give all that is kept back to the operating system; arrays are not touched."""
+        _cpu.pool_free_all()
+
+    def get_limit(self) -> int:
+        """How much may be kept.
+
+        Returns
+        -------
+        int
+            Bytes; at the start a sixteenth of the machine's memory, at most 1 GiB.
+        """
+        return _cpu.pool_use()["limit"]
+
+    def set_limit(self, size: int) -> None:
+        """Set how much may be kept, and give back what is above it.
+
+        Parameters
+        ----------
+        size : int
+            Bytes, at least 0; 0 keeps nothing. Unlike CuPy's it does not limit what can be allocated.
+
+        Raises
+        ------
+        TypeError
+            `size` is no integer.
+        ValueError
+            `size` is negative.
+        """
+        if isinstance(size, (bool, np.bool_)) or not isinstance(size, (int, np.integer)):
+            raise TypeError(f"set_limit: size has type {type_name(size)}, expected int")
+        if not 0 <= size < 2**63:
+            raise ValueError(f"set_limit: size is {size}, expected bytes from 0 on")
+        _cpu.pool_set_limit(int(size))
+
+
+_POOL = MemoryPool()
+
+
+def get_default_memory_pool() -> MemoryPool:
+    """Return the pool that large outputs come from.
+
+    Returns
+    -------
+    MemoryPool
+        Always the same one.
+
+    Examples
+    --------
+    >>> import lanenorm
+    >>> lanenorm.get_default_memory_pool().get_limit() > 0
+    True
+    """
+    return _POOL
+
+
 # --- What is there ----------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +373,7 @@ def show_runtime() -> None:
         "ISA": _current_isa(),
         "ISAs": f"usable here: {' '.join(available_isas())}; compiled: {' '.join(build['compiled_isas'])}",
         "threads": f"{get_num_threads()} of {os.cpu_count()} processors",
+        "memory": "{used} bytes in use, {free} kept of at most {limit}".format(**_cpu.pool_use()),
         "environment": ", ".join(f"{name}={value}" for name, value in environment.items())
         or f"none of {', '.join(_ENVIRONMENT)} is set",
         "CUDA": cuda_reason() or "available",

@@ -197,6 +197,19 @@ void fold_halves() {
   }
 }
 
+void fold8_folds_each() {
+  for (int trial = 0; trial < 3000; ++trial) {
+    Lanes<double> lanes[8];
+    F64x8 vectors[8];
+    for (int i = 0; i < 8; ++i) {
+      lanes[i] = random_lanes<F64x8>();
+      vectors[i] = of<F64x8>(lanes[i]);
+    }
+    const Lanes<double> folds = lanes_of(F64x8::fold8(vectors));
+    for (int i = 0; i < 8; ++i) CHECK(same(folds.v[i], vectors[i].fold()));
+  }
+}
+
 template <class V, class S = typename V::Scalar>
 void lanes_are_kept_and_filled() {
   const Lanes<S> zero = lanes_of(V::zero()), pi = lanes_of(V::broadcast(S(3.14)));
@@ -275,6 +288,19 @@ void check_store(const Lanes<S>& lanes) {
   }
 }
 
+// stream() writes what store() writes, and nothing else.
+template <class T, class V, class S = typename V::Scalar>
+void check_stream(const Lanes<S>& lanes) {
+  constexpr std::size_t kBytes = V::kLanes * sizeof(T);
+  alignas(64) unsigned char streamed[64 + kBytes + 64], stored[sizeof streamed];
+  std::memset(streamed, 0xa5, sizeof streamed);
+  std::memset(stored, 0xa5, sizeof stored);
+  of<V>(lanes).template stream<T>(streamed + 64);
+  lanenorm::fence();
+  of<V>(lanes).template store<T>(stored + 64);
+  CHECK(std::memcmp(streamed, stored, sizeof stored) == 0);
+}
+
 // All bit patterns of a 16-bit type.
 template <class T, class V, class S = typename V::Scalar>
 void halves_load_and_store() {
@@ -325,7 +351,10 @@ void halves_round() {
 
 template <class T, class V, class S = typename V::Scalar>
 void memory_is_read_and_written() {
-  for (int trial = 0; trial < 300; ++trial) check_store<T, V>(random_lanes<V>());
+  for (int trial = 0; trial < 300; ++trial) {
+    check_store<T, V>(random_lanes<V>());
+    check_stream<T, V>(random_lanes<V>());
+  }
   T elements[V::kLanes + 1];
   char bytes[sizeof elements];
   for (int trial = 0; trial < 300; ++trial) {
@@ -397,6 +426,7 @@ int main() {
   }
   check_arithmetic<F32x16>();
   check_arithmetic<F64x8>();
+  fold8_folds_each();
   check_memory<Float16, F32x16>();
   check_memory<BFloat16, F32x16>();
   check_memory<float, F32x16>();

@@ -1,0 +1,113 @@
+"""Large outputs are written past the caches: same bits as in place and at any address, nothing beside them touched."""
+
+import numpy as np
+import pytest
+
+import lanenorm
+
+LARGE = 7 << 20  # bytes; streaming starts at 6 MB
+
+
+def large_shape(inner, itemsize):
+    """(rows, *inner) with enough rows."""
+    return (-(-LARGE // (int(np.prod(inner)) * itemsize)), *inner)
+
+
+def placed(like, offset):
+    """An empty array like `like`, `offset` bytes behind a cache line, in a buffer of marks; and the buffer."""
+    buffer = np.full(like.nbytes + 192, 0xA5, np.uint8)
+    start = -buffer.ctypes.data % 64 + offset
+    array = buffer[start : start + like.nbytes].view(like.dtype)
+    return np.lib.stride_tricks.as_strided(array, like.shape, like.strides), buffer, start
+
+
+def check_places(operation, like, in_place):
+    """`operation(out)` gives the same bits in fresh memory, at odd addresses and `in_place`."""
+    expected = operation(None)
+    for offset in (0, 4 * like.itemsize, 32 + like.itemsize):
+        out, buffer, start = placed(like, offset)
+        operation(out)
+        assert np.array_equal(out, expected)
+        assert np.all(buffer[:start] == 0xA5)
+        assert np.all(buffer[start + like.nbytes :] == 0xA5)
+    assert np.array_equal(in_place(), expected)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request):
+    if request.param not in lanenorm.available_isas():
+        pytest.skip("not on this processor")
+    before = lanenorm.use_isa(request.param)
+    yield request.param
+    lanenorm.use_isa(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("n", [5, 16, 64, 100, 250, 768, 1023, 2041, 5000])
+def test_layer_norm_large_outputs_have_the_same_bits_everywhere(isa, n, dtype):
+    if isa == "portable" and n not in (100, 768):
+        pytest.skip("slow")
+    rng = np.random.default_rng(n)
+    shape = large_shape((n,), np.dtype(dtype).itemsize)
+    x = (rng.standard_normal(shape) + 3).astype(dtype)
+    dy = rng.standard_normal(shape).astype(dtype)
+    w, b = rng.standard_normal((2, n)).astype(dtype)
+    y, mean, rstd = lanenorm.layer_norm_forward(x, w, b)
+
+    def in_place():
+        z = x.copy()
+        lanenorm.layer_norm(z, w, b, out=z)
+        return z
+
+    check_places(lambda out: lanenorm.layer_norm(x, w, b, out=out), x, in_place)
+    for i in (0, 1, shape[0] // 2, shape[0] - 1):  # one row of the batch alone
+        assert np.array_equal(lanenorm.layer_norm(x[i : i + 1], w, b)[0], y[i])
+
+    def backward_in_place():
+        z = dy.copy()
+        lanenorm.layer_norm_backward(z, x, mean, rstd, w, out=z)
+        return z
+
+    check_places(lambda out: lanenorm.layer_norm_backward(dy, x, mean, rstd, w, out=out).dx, x, backward_in_place)
+
+
+@pytest.mark.parametrize("inner", [(3, 700, 701), (40, 28, 28), (64, 7, 7), (30, 7, 7), (256,), (37,)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batch_norm_large_outputs_have_the_same_bits_everywhere(isa, inner, channels_last):
+    if isa == "portable" and inner != (30, 7, 7):
+        pytest.skip("slow")
+    rng = np.random.default_rng(len(inner))
+    x = (rng.standard_normal(large_shape(inner, 4)) + 3).astype(np.float32)
+    if channels_last:
+        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    dy = (x - 3) * np.float32(0.5)
+    channels = inner[0]
+    w, b = rng.standard_normal((2, channels)).astype(np.float32)
+    _, mean, rstd = lanenorm.batch_norm_forward(x, w, b)
+    var = (1 / rstd**2).astype(np.float32)
+
+    def copied(array, operation):
+        z = array.copy(order="K")
+        operation(z)
+        return z
+
+    check_places(
+        lambda out: lanenorm.batch_norm_forward(x, w, b, out=out).y,
+        x,
+        lambda: copied(x, lambda z: lanenorm.batch_norm_forward(z, w, b, out=z)),
+    )
+    check_places(
+        lambda out: lanenorm.batch_norm(x, mean, var, w, b, out=out),
+        x,
+        lambda: copied(x, lambda z: lanenorm.batch_norm(z, mean, var, w, b, out=z)),
+    )
+    for training in (True, False):
+
+        def gradient(z, out, training=training):
+            return lanenorm.batch_norm_backward(z, x, mean, rstd, w, training=training, out=out).dx
+
+        check_places(
+            lambda out: gradient(dy, out),  # noqa: B023 used in this turn
+            x,
+            lambda: copied(dy, lambda z: gradient(z, z)),  # noqa: B023
+        )
