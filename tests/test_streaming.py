@@ -107,7 +107,7 @@ def test_batch_norm_large_outputs_have_the_same_bits_everywhere(isa, inner, chan
             return lanenorm.batch_norm_backward(z, x, mean, rstd, w, training=training, out=out).dx
 
         check_places(
-            lambda out: gradient(dy, out),  # noqa: B023 used in this turn
+            lambda out: gradient(dy, out),
             x,
-            lambda: copied(dy, lambda z: gradient(z, z)),  # noqa: B023
+            lambda: copied(dy, lambda z: gradient(z, z)),
         )

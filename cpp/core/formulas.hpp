@@ -55,8 +55,8 @@ struct Statistic {
   Normalizer<C> normalizer;
 };
 
-// Limits of the fast path, by value and so the same everywhere: the variance must be finite and var + eps must not be so small
-// that the squares it is made of were subnormal (float32: 2^-126 < 2^-100; float64 likewise).
+// Limits of the fast path, by value and so the same everywhere: the variance must be finite and var + eps must not be
+// so small that the squares it is made of were subnormal (float32: 2^-126 < 2^-100; float64 likewise).
 template <class C>
 inline constexpr double kSmallestVariance = 0x1p-100;
 template <>

@@ -269,7 +269,7 @@ LANENORM_INLINE void add_block(Lanes<V>* lanes, int k, const Lanes<V>& next, V m
 
 // 1 / (8 k) and 8 * 8 k / (8 + 8 k): a full block joins k full blocks.
 inline constexpr double kInverseRows[kBlock] = {0, 1. / 8, 1. / 16, 1. / 24, 1. / 32, 1. / 40, 1. / 48, 1. / 56};
-inline constexpr double kJoinWeight[kBlock] = {0,       64. / 16,  128. / 24, 192. / 32,
+inline constexpr double kJoinWeight[kBlock] = {0,         64. / 16,  128. / 24, 192. / 32,
                                                256. / 40, 320. / 48, 384. / 56, 448. / 64};
 
 template <class V>

@@ -24,7 +24,12 @@ template <class C>
 class ColumnDriver {
  public:
   explicit ColumnDriver(const Problem& p)
-      : p_(p), plan_(p.plan), rows_(p.plan.lines_per_statistic), columns_(p.plan.inner), fold_(p.plan.fold), stream_(p.stream()) {
+      : p_(p),
+        plan_(p.plan),
+        rows_(p.plan.lines_per_statistic),
+        columns_(p.plan.inner),
+        fold_(p.plan.fold),
+        stream_(p.stream()) {
     // Whole statistics and whole vectors, so that tiles start on cache lines where lines do: misaligned tiles of 7x7
     // planes took twice the time.
     // Of one segment, x stays in L2 until it is applied; of more it does not, and whole lines are read faster.

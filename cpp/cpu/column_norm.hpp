@@ -4,8 +4,8 @@
 // plane is a column). Formulas as in row_norm.hpp.
 //
 // Passes over memory: moments read x, apply reads x and writes y: 3s, 2s where the driver finds a tile of columns that
-// stays in cache between the two. Backward 5s and 3s. Within a pass 8 lines are read side by side, one vector of columns
-// at a time; what is known of each column (pivot, sums) lives in L1 meanwhile.
+// stays in cache between the two. Backward 5s and 3s. Within a pass 8 lines are read side by side, one vector of
+// columns at a time; what is known of each column (pivot, sums) lives in L1 meanwhile.
 //
 // The order of operations, where it differs from blocks.hpp:
 //   float32  a column adds d = x - x0 and d^2 row by row, in double, x0 the first row of its piece of kPieceRows rows.
@@ -134,7 +134,6 @@ struct RowsOfColumn {
     return x;
   }
 };
-
 
 // The pivot of each lane from N rows; divided by 8 also where there are fewer, which keeps it a multiple of 1/8.
 template <int N, class D, class X>
@@ -268,8 +267,8 @@ template <class S, class D>
 void column_finish(const ColumnFinish& a) {
   const std::int64_t pitch = padded(a.columns);
   for (std::int64_t j = 0; j < a.columns; j += D::kLanes) {
-    const Finished<D> f = finish<S>(load_moments<D>(a.moments, pitch, j), D::broadcast(a.count), D::broadcast(a.eps),
-                                    D::broadcast(1.0));
+    const Finished<D> f =
+        finish<S>(load_moments<D>(a.moments, pitch, j), D::broadcast(a.count), D::broadcast(a.eps), D::broadcast(1.0));
     f.mean.template store<S>(static_cast<S*>(a.mean) + j);
     f.rstd.template store<S>(static_cast<S*>(a.rstd) + j);
     f.rstd_low.template store<S>(static_cast<S*>(a.rstd_low) + j);

@@ -39,8 +39,9 @@ struct Problem {
 };
 
 // Outputs from this size on are written past the caches, and what is read next is fetched meanwhile. Two layer norms in
-// a row, the second reading what the first wrote, rows of 768 on one core of a Zen 4 with 32 MB of L3, in copies (memcpy):
-// 3.1 MB 2.0 with ordinary and 2.7 with streaming stores, 6.3 MB 2.5 and 2.1, 12.6 MB 2.3 and 1.5, 50 MB 1.8 and 1.1.
+// a row, the second reading what the first wrote, rows of 768 on one core of a Zen 4 with 32 MB of L3, in copies
+// (memcpy): 3.1 MB 2.0 with ordinary and 2.7 with streaming stores, 6.3 MB 2.5 and 2.1, 12.6 MB 2.3 and 1.5, 50 MB 1.8
+// and 1.1.
 inline constexpr std::int64_t kStreamBytes = std::int64_t{6} << 20;
 
 inline bool Problem::stream() const {

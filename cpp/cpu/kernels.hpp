@@ -205,14 +205,14 @@ inline constexpr std::int64_t kPieceVectors = 4096;
 inline constexpr std::int64_t kPieceRows = 1024;
 
 // Rows of a backward that are swept together: dweight and dbias are loaded and stored once per 4 rows, and the 6
-// constants of 4 rows fit the 32 registers of AVX-512 (of 8 rows they were loaded again for every vector). The tree over
-// 4 rows and 8 additions keep float32 sums of 32 rows within 6 u (2 levels, and additions that see half the sum).
+// constants of 4 rows fit the 32 registers of AVX-512 (of 8 rows they were loaded again for every vector). The tree
+// over 4 rows and 8 additions keep float32 sums of 32 rows within 6 u (2 levels, and additions that see half the sum).
 inline constexpr std::int64_t kRowBlock = 4;
 inline constexpr std::int64_t kFlushRows = 32;  // then the float32 sums go to double
 
 // Column arrays are padded to whole vectors, so that kernels may write all lanes, and to an odd number of cache lines:
-// with 1024 columns the arrays of one tile would otherwise lie 4 KB apart and evict each other from L1. Always inlined, since ISA units call
-// it: no copy of it may be left for the linker to choose (core/isa.hpp).
+// with 1024 columns the arrays of one tile would otherwise lie 4 KB apart and evict each other from L1. Always inlined,
+// since ISA units call it: no copy of it may be left for the linker to choose (core/isa.hpp).
 [[gnu::always_inline]] constexpr std::int64_t padded(std::int64_t columns) { return ((columns + 15) / 16 | 1) * 16; }
 
 }  // namespace lanenorm

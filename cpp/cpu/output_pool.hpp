@@ -17,8 +17,8 @@ inline constexpr std::size_t kPooledBytes = 256 * 1024;
 
 // 64-byte aligned, uninitialized; null where there is no memory.
 void* pool_allocate(std::size_t bytes) noexcept;
-void pool_free(void* block) noexcept;                      // null: nothing
-std::size_t pool_capacity(const void* block) noexcept;     // of a block in use
+void pool_free(void* block) noexcept;                   // null: nothing
+std::size_t pool_capacity(const void* block) noexcept;  // of a block in use
 
 struct PoolUse {
   std::int64_t used, free, limit;  // bytes

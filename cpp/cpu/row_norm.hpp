@@ -59,8 +59,7 @@ LANENORM_INLINE Lanes<V> full_blocks(const X& x, V pivot, int blocks) {
 template <class T, class V>
 LANENORM_INLINE typename V::Scalar full_pivot(const char* x) {
   using S = typename V::Scalar;
-  return row_pivot<kBlock, V>(Adjacent<T, V, false>{x, 1}, Full{}, first_value<T, S>(x),
-                              S(1) / S(kBlock * V::kLanes));
+  return row_pivot<kBlock, V>(Adjacent<T, V, false>{x, 1}, Full{}, first_value<T, S>(x), S(1) / S(kBlock * V::kLanes));
 }
 
 // A run joins the sums about `pivot`. first: full_pivot(x) if the run has a full block.
@@ -378,7 +377,8 @@ class Stage {
 
 // A statistic out of range, from moments in double.
 template <class T, class V, class D>
-[[gnu::noinline]] Statistic<typename V::Scalar> redo_row(const void* x, std::int64_t length, double variance, double eps) {
+[[gnu::noinline]] Statistic<typename V::Scalar> redo_row(const void* x, std::int64_t length, double variance,
+                                                         double eps) {
   using S = typename V::Scalar;
   double count;
   const double scale = redo_scale<S>(variance);
@@ -491,8 +491,8 @@ void row_forward(const RowForward& a) {
 
 // ---- backward: sums ----------------------------------------------------------------------------------------------
 
-// Sums over a line of g = dy * weight, g t and t, t = (x - mean) * rstd: lanes hold at most 64 vectors (trees of 8, then
-// what is left one by one) before they go to double.
+// Sums over a line of g = dy * weight, g t and t, t = (x - mean) * rstd: lanes hold at most 64 vectors (trees of 8,
+// then what is left one by one) before they go to double.
 template <class T, class V, class D, bool kWeight>
 LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
                                V mean, V rstd, D* total) {
@@ -595,8 +595,8 @@ LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, 
         __builtin_prefetch(ahead_x[r] + i * kBytes, 0, 2);
         __builtin_prefetch(ahead_dy[r] + i * kBytes, 0, 2);
       }
-      write<T>(input_gradient(g[r], w, xhat[r], k[r].minus_mean_g, k[r].minus_mean_gx, k[r].factor),
-               dx[r] + i * kBytes, part, stream);
+      write<T>(input_gradient(g[r], w, xhat[r], k[r].minus_mean_g, k[r].minus_mean_gx, k[r].factor), dx[r] + i * kBytes,
+               part, stream);
     }
     if constexpr (kParameters) {
       // Scratch is padded to whole vectors: masked lanes only ever touch padding.
@@ -608,8 +608,8 @@ LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, 
   });
 }
 
-// At most kRowBlock rows, constants[r] for row r, dx to dx[r]; streamed where all of them start on cache lines. At the end of a chunk, and every kFlushRows rows, the float32 sums go
-// to the totals.
+// At most kRowBlock rows, constants[r] for row r, dx to dx[r]; streamed where all of them start on cache lines. At the
+// end of a chunk, and every kFlushRows rows, the float32 sums go to the totals.
 template <class T, class V, class D>
 [[gnu::noinline]] void gradient_block(const RowGradient& a, std::int64_t first, std::int64_t rows,
                                       const GradientConstants<typename V::Scalar>* constants, char* const* dx,

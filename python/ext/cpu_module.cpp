@@ -32,8 +32,7 @@ void* pool_realloc(void*, void* block, std::size_t size) {  // ndarray.resize
 }
 void pool_release(void*, void* block, std::size_t) { lanenorm::pool_free(block); }
 
-PyDataMem_Handler pool_handler = {
-    "lanenorm_pool", 1, {nullptr, pool_malloc, pool_calloc, pool_realloc, pool_release}};
+PyDataMem_Handler pool_handler = {"lanenorm_pool", 1, {nullptr, pool_malloc, pool_calloc, pool_realloc, pool_release}};
 
 // NumPy allocates from the pool while one lives. Two context variable writes, 0.2 us.
 class FromPool {
