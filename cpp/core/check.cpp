@@ -59,18 +59,25 @@ struct Call {
   const char* operation;
   const View& x;
   Args* args;
-  std::string axis_text;  // "axis -1"
-  std::int64_t parameter_shape[kMaxAxes];
+  AxisList axes;                           // as the caller wrote them
+  std::int64_t parameter_shape[kMaxAxes];  // only the first parameter_axes are set
   int parameter_axes;
 
-  std::string of_x() const { return axis_text + " of x " + errors::shape(x); }
+  Call(const char* operation, const View& x, Args* args, AxisList axes)
+      : operation(operation), x(x), args(args), axes(axes), parameter_axes(0) {}
+
+  // "axis -1 of x (2, 8)"
+  std::string of_x() const {
+    return "axis " + (axes.count == 1 ? std::to_string(axes.axis[0]) : errors::tuple(axes.axis, axes.count)) +
+           " of x " + errors::shape(x);
+  }
 
   std::int64_t normalized_axis(const char* argument, std::int64_t axis) const {
     if (axis < -x.axes || axis >= x.axes) errors::axis_out_of_range(operation, argument, axis, x);
     return axis < 0 ? axis + x.axes : axis;
   }
 
-  void layer_norm_axes(AxisList axes) {
+  void layer_norm_axes() {
     if (axes.count == 0) errors::no_axis(operation);
     for (int axis = 0; axis < x.axes; ++axis) args->reduced[axis] = false;
     for (int i = 0; i < axes.count; ++i) {
@@ -82,15 +89,13 @@ struct Call {
     for (int axis = 0; axis < x.axes; ++axis) {
       if (args->reduced[axis]) parameter_shape[parameter_axes++] = x.shape[axis];
     }
-    axis_text = "axis " + (axes.count == 1 ? std::to_string(axes.axis[0]) : errors::tuple(axes.axis, axes.count));
   }
 
-  void batch_norm_axis(std::int64_t channel_axis) {
-    const std::int64_t channel = normalized_axis("channel_axis", channel_axis);
+  void batch_norm_axis() {
+    const std::int64_t channel = normalized_axis("channel_axis", axes.axis[0]);
     for (int axis = 0; axis < x.axes; ++axis) args->reduced[axis] = axis != channel;
     parameter_shape[0] = x.shape[channel];
     parameter_axes = 1;
-    axis_text = "axis " + std::to_string(channel_axis);
   }
 
   std::int64_t values_per_statistic() const {
@@ -217,8 +222,6 @@ struct Call {
   }
 };
 
-Call begin(const char* operation, const View& x, Args* args) { return Call{operation, x, args, {}, {}, 0}; }
-
 void statistic_vectors(const Call& call, const View& mean, const View& rstd) {
   call.vector_over(mean, false, &call.args->mean);
   call.vector_over(rstd, false, &call.args->rstd);
@@ -228,8 +231,8 @@ void statistic_vectors(const Call& call, const View& mean, const View& rstd) {
 
 void check_layer_norm_forward(const char* operation, const View& x, const View* weight, const View* bias, AxisList axes,
                               double eps, const View* out, Args* args) {
-  Call call = begin(operation, x, args);
-  call.layer_norm_axes(axes);
+  Call call(operation, x, args, axes);
+  call.layer_norm_axes();
   call.parameters(weight, bias);
   call.eps(eps);
   call.output(out, &x, "x");
@@ -242,8 +245,8 @@ void check_layer_norm_forward(const char* operation, const View& x, const View* 
 
 void check_layer_norm_backward(const char* operation, const View& dy, const View& x, const View& mean, const View& rstd,
                                const View* weight, AxisList axes, const View* out, Args* args) {
-  Call call = begin(operation, x, args);
-  call.layer_norm_axes(axes);
+  Call call(operation, x, args, axes);
+  call.layer_norm_axes();
   call.gradient(dy);
   call.layer_statistic("mean", mean);
   call.layer_statistic("rstd", rstd);
@@ -262,8 +265,8 @@ void check_layer_norm_backward(const char* operation, const View& dy, const View
 void check_batch_norm_inference(const char* operation, const View& x, const View& running_mean, const View& running_var,
                                 const View* weight, const View* bias, std::int64_t channel_axis, double eps,
                                 const View* out, Args* args) {
-  Call call = begin(operation, x, args);
-  call.batch_norm_axis(channel_axis);
+  Call call(operation, x, args, {&channel_axis, 1});
+  call.batch_norm_axis();
   call.channel_statistic("running_mean", running_mean);
   call.channel_statistic("running_var", running_var);
   call.parameters(weight, bias);
@@ -283,8 +286,8 @@ void check_batch_norm_inference(const char* operation, const View& x, const View
 void check_batch_norm_forward(const char* operation, const View& x, const View* weight, const View* bias,
                               const View* running_mean, const View* running_var, double momentum,
                               std::int64_t channel_axis, double eps, const View* out, Args* args) {
-  Call call = begin(operation, x, args);
-  call.batch_norm_axis(channel_axis);
+  Call call(operation, x, args, {&channel_axis, 1});
+  call.batch_norm_axis();
   call.parameters(weight, bias);
   if (running_mean != nullptr && running_var == nullptr) {
     errors::one_running_statistic(operation, "running_mean", "running_var");
@@ -333,8 +336,8 @@ void check_batch_norm_forward(const char* operation, const View& x, const View* 
 void check_batch_norm_backward(const char* operation, const View& dy, const View& x, const View& mean, const View& rstd,
                                const View* weight, std::int64_t channel_axis, bool training, const View* out,
                                Args* args) {
-  Call call = begin(operation, x, args);
-  call.batch_norm_axis(channel_axis);
+  Call call(operation, x, args, {&channel_axis, 1});
+  call.batch_norm_axis();
   call.gradient(dy);
   call.channel_statistic("mean", mean);
   call.channel_statistic("rstd", rstd);
@@ -351,11 +354,11 @@ void check_batch_norm_backward(const char* operation, const View& dy, const View
 }
 
 void attach_statistics(const View& x, const View& mean, const View& rstd, Args* args) {
-  statistic_vectors(begin("", x, args), mean, rstd);
+  statistic_vectors(Call("", x, args, {nullptr, 0}), mean, rstd);
 }
 
 void attach_parameters(const View& x, const View& dweight, const View& dbias, Args* args) {
-  const Call call = begin("", x, args);
+  const Call call("", x, args, {nullptr, 0});
   call.parameter_vector(&dweight, &args->dweight);
   call.parameter_vector(&dbias, &args->dbias);
 }

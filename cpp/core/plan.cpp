@@ -99,11 +99,15 @@ void offsets(const Loop& loop, std::int64_t first, std::int64_t count, std::int6
 }
 
 void like_strides(const View& x, std::int64_t* strides) {
-  // NumPy sorts by |stride|, ties by position; an insertion sort as NumPy's, which matters for strides of 0.
+  // NumPy sorts by |stride|, ties by position; by insertion as NumPy does, which matters for strides of 0.
   int order[kMaxAxes];
-  for (int axis = 0; axis < x.axes; ++axis) order[axis] = axis;
-  std::stable_sort(order, order + x.axes,
-                   [&](int a, int b) { return std::llabs(x.strides[a]) > std::llabs(x.strides[b]); });
+  for (int axis = 0; axis < x.axes; ++axis) {
+    int place = axis;
+    for (; place > 0 && std::llabs(x.strides[order[place - 1]]) < std::llabs(x.strides[axis]); --place) {
+      order[place] = order[place - 1];
+    }
+    order[place] = axis;
+  }
   std::int64_t stride = size(x.dtype);
   for (int i = x.axes - 1; i >= 0; --i) {
     strides[order[i]] = stride;

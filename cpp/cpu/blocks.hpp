@@ -27,148 +27,14 @@
 #include <cstdint>
 
 #include "core/formulas.hpp"
-#include "core/halves.hpp"
 #include "core/moments.hpp"
+#include "cpu/lines.hpp"
 
 namespace lanenorm {
 inline namespace LANENORM_ISA {
 
 inline constexpr int kBlock = 8;        // vectors
 inline constexpr int kSuperblock = 64;  // vectors
-
-// GCC unrolls no loop at -O2, and arrays of registers that are indexed in a loop live in memory: 21 cycles a vector
-// instead of 12.
-#ifdef LANENORM_NO_UNROLL
-#define LANENORM_UNROLL
-#else
-#define LANENORM_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// All lanes, or the first `lanes` of them.
-struct Full {};
-struct Part {
-  int lanes;
-};
-
-template <class T, class V>
-LANENORM_INLINE V load(const char* p, Full) {
-  return V::template load<T>(p);
-}
-template <class T, class V>
-LANENORM_INLINE V load(const char* p, Part part) {
-  return V::template load<T>(p, part.lanes);
-}
-template <class T, class V>
-LANENORM_INLINE void store(V v, char* p, Full) {
-  v.template store<T>(p);
-}
-template <class T, class V>
-LANENORM_INLINE void store(V v, char* p, Part part) {
-  v.template store<T>(p, part.lanes);
-}
-// A vector of a line that starts on a cache line, if stream.
-template <class T, class V>
-LANENORM_INLINE void write(V v, char* p, Full, bool stream) {
-  if (stream) {
-    v.template stream<T>(p);
-  } else {
-    v.template store<T>(p);
-  }
-}
-template <class T, class V>
-LANENORM_INLINE void write(V v, char* p, Part part, bool) {
-  v.template store<T>(p, part.lanes);
-}
-template <class V>
-LANENORM_INLINE V keep_part(V v, Full) {
-  return v;
-}
-template <class V>
-LANENORM_INLINE V keep_part(V v, Part part) {
-  return keep(v, part.lanes);
-}
-
-// f(element index, Full or Part) over the vectors of a line, kUnroll at a time.
-template <class V, int kUnroll = 1, class F>
-LANENORM_INLINE void for_vectors(std::int64_t length, F&& f) {
-  constexpr std::int64_t kLanes = V::kLanes;
-  std::int64_t i = 0;
-  if constexpr (kUnroll == 2) {  // halves the loop's own instructions; more brought nothing
-    for (; i + 2 * kLanes <= length; i += 2 * kLanes) {
-      f(i, Full{});
-      f(i + kLanes, Full{});
-    }
-  }
-  for (; i + kLanes <= length; i += kLanes) f(i, Full{});
-  if (i < length) f(i, Part{static_cast<int>(length - i)});
-}
-
-// Writing a line y of f(element index, Full or Part): up to its first cache line, and the rest from element i on.
-// Where vectors begin changes no element. Returns the first element not yet written.
-template <class T, class V, class F>
-LANENORM_INLINE std::int64_t write_head(char* y, std::int64_t length, F&& f) {
-  constexpr std::int64_t kBytes = sizeof(T);
-  const auto address = reinterpret_cast<std::uintptr_t>(y);
-  if (address % 64 == 0 || address % kBytes != 0) return 0;
-  std::int64_t head = static_cast<std::int64_t>(64 - address % 64) / kBytes;
-  if (head > length) head = length;
-  std::int64_t i = 0;
-  for (; i + V::kLanes <= head; i += V::kLanes) store<T>(f(i, Full{}), y + i * kBytes, Full{});  // 16-bit T only
-  if (i < head) {
-    const Part part{static_cast<int>(head - i)};
-    store<T>(f(i, part), y + i * kBytes, part);
-  }
-  return head;
-}
-template <class T, class V, class F>
-LANENORM_INLINE void write_rest(char* y, std::int64_t i, std::int64_t length, bool stream, F&& f) {
-  constexpr std::int64_t kBytes = sizeof(T);
-  for (; i + 2 * V::kLanes <= length; i += 2 * V::kLanes) {  // halves the loop's own instructions; more brought nothing
-    write<T>(f(i, Full{}), y + i * kBytes, Full{}, stream);
-    write<T>(f(i + V::kLanes, Full{}), y + (i + V::kLanes) * kBytes, Full{}, stream);
-  }
-  if (i + V::kLanes <= length) {
-    write<T>(f(i, Full{}), y + i * kBytes, Full{}, stream);
-    i += V::kLanes;
-  }
-  if (i < length) {
-    const Part part{static_cast<int>(length - i)};
-    store<T>(f(i, part), y + i * kBytes, part);
-  }
-}
-template <class T, class V, class F>
-LANENORM_INLINE void write_line(char* y, std::int64_t length, bool stream, F&& f) {
-  // Ordinary stores may straddle cache lines: a head of their own made them slower.
-  write_rest<T, V>(y, stream ? write_head<T, V>(y, length, f) : 0, length, stream, f);
-}
-
-// A number of vectors or rows known at compile time.
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// f(Count<n>{}) for n = 1..8
-template <class F>
-LANENORM_INLINE decltype(auto) with_vectors(int n, F&& f) {
-  switch (n) {
-    case 1: return f(Count<1>{});
-    case 2: return f(Count<2>{});
-    case 3: return f(Count<3>{});
-    case 4: return f(Count<4>{});
-    case 5: return f(Count<5>{});
-    case 6: return f(Count<6>{});
-    case 7: return f(Count<7>{});
-    default: return f(Count<8>{});
-  }
-}
-
-// f(Full) or f(Part{lanes}) for the last vector of `lanes` valid lanes.
-template <class V, class F>
-LANENORM_INLINE decltype(auto) with_last(int lanes, F&& f) {
-  if (lanes == V::kLanes) return f(Full{});
-  return f(Part{lanes});
-}
 
 // ---- sums over the vectors of a block ----------------------------------------------------------------------------
 
@@ -193,18 +59,6 @@ LANENORM_INLINE V tree_of_products(const V* a, const V* b) {
   } else {
     constexpr int kLeft = N > 4 ? 4 : 2;
     return tree_of_products<kLeft>(a, b) + tree_of_products<N - kLeft>(a + kLeft, b + kLeft);
-  }
-}
-
-// sums[length] go to totals and become zero.
-template <class V, class D>
-LANENORM_INLINE void flush(typename V::Scalar* sums, std::int64_t length, double* totals) {
-  using S = typename V::Scalar;
-  for (std::int64_t i = 0; i < length; i += D::kLanes) {
-    const int lanes = static_cast<int>(length - i < D::kLanes ? length - i : D::kLanes);
-    const D sum = D::template load<double>(totals + i, lanes) + D::template load<S>(sums + i);
-    sum.template store<double>(totals + i, lanes);
-    D::zero().template store<S>(sums + i);
   }
 }
 
@@ -298,18 +152,6 @@ LANENORM_INLINE S inverse_power_of_two(std::int64_t count) {
   return inverse;
 }
 
-// The first element of a line.
-template <class T, class S>
-LANENORM_INLINE S first_value(const char* p) {
-  T value;
-  __builtin_memcpy(&value, p, sizeof value);
-  if constexpr (sizeof(T) == 2) {
-    return static_cast<S>(widen(value));
-  } else {
-    return static_cast<S>(value);
-  }
-}
-
 // The pivot of a superblock with N vectors in its first block. inverse = inverse_power_of_two(values in the block).
 template <int N, class V, class X, class Last>
 LANENORM_INLINE typename V::Scalar row_pivot(const X& x, Last last, typename V::Scalar x0, typename V::Scalar inverse) {
@@ -342,26 +184,6 @@ template <class D>
 struct PivotSums {
   D sum, square;
 };
-
-// A vector of 16 elements as two of double; of a Part, 0 where there is none.
-template <class T, class V, class D>
-LANENORM_INLINE void load_wide(const char* p, Full, D* out) {
-  if constexpr (sizeof(T) == 4) {  // converts as it loads
-    out[0] = D::template load<T>(p);
-    out[1] = D::template load<T>(p + 8 * sizeof(T));
-  } else {
-    const V x = V::template load<T>(p);
-    out[0] = x.wide(0);
-    out[1] = x.wide(1);
-  }
-}
-
-template <class T, class V, class D>
-LANENORM_INLINE void load_wide(const char* p, Part part, D* out) {
-  const V x = V::template load<T>(p, part.lanes);
-  out[0] = x.wide(0);
-  out[1] = x.wide(1);
-}
 
 // Vectors of a line, less than a piece, in double.
 template <class T, class V, class D>

@@ -21,6 +21,7 @@
 #include "core/moments.hpp"
 #include "cpu/blocks.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/lines.hpp"
 
 namespace lanenorm {
 inline namespace LANENORM_ISA {
@@ -281,13 +282,6 @@ void column_finish(const ColumnFinish& a) {
 // Rows that share one load of the constants: 4 rows take 10 loads and 4 stores instead of 28 and 4. A call on
 // (32, 25088) in cache went from 4.8 to 3.1 copies.
 inline constexpr int kApplyRows = 4;
-
-// Streaming stores need every row at the start of a cache line.
-LANENORM_INLINE bool on_cache_lines(char* const* lines, int rows) {
-  std::uintptr_t bits = 0;
-  for (int r = 0; r < rows; ++r) bits |= reinterpret_cast<std::uintptr_t>(lines[r]);
-  return bits % 64 == 0;
-}
 
 template <int N, class T, class V, bool kScaled, bool kPerRow>
 LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {

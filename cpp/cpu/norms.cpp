@@ -46,6 +46,8 @@ class OutputVector {
   OutputVector(const Vector& v, DType dtype, std::int64_t count) : vector_(v), size_(size(dtype)) {
     if (v.data != nullptr && usable_in_place(v, dtype, dtype)) {
       data_ = v.data;
+    } else if (count * size_ <= static_cast<std::int64_t>(sizeof few_)) {
+      data_ = few_;
     } else {
       buffer_.reserve(count * size_);
       data_ = buffer_.data();
@@ -54,12 +56,14 @@ class OutputVector {
   void* data() const { return data_; }
   void finish() const {
     if (vector_.data == nullptr || vector_.data == data_) return;
-    unpack(vector_.loop, static_cast<char*>(vector_.data), 0, vector_.loop.count, size_, buffer_.data());
+    unpack(vector_.loop, static_cast<char*>(vector_.data), 0, vector_.loop.count, size_,
+           static_cast<const char*>(data_));
   }
 
  private:
   const Vector& vector_;
   std::int64_t size_;
+  alignas(64) char few_[256];  // asking for memory takes longer than a small call
   Buffer buffer_;
   void* data_;
 };

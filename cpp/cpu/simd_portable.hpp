@@ -8,9 +8,8 @@
 //   keep(a, count)             lanes from `count` on become +0
 //   fold()                     sum of lanes by halving: lane i + lane i + half, and so on
 //   F64x8::fold8(v)            the folds of eight vectors, v[i].fold() in lane i
-//   stream<T>(p)               store<T>(p) past the caches; p a multiple of 64 bytes (of 32 for 16-bit T); streamed
-//   lines
-//                              are visible to other threads after fence()
+//   stream<T>(p)               store<T>(p) past the caches; p a multiple of 64 bytes (of 32 for 16-bit T); other
+//                              threads see it after fence()
 //   wide(part), narrow(parts)  to and from F64x8: part 0 holds lanes 0..7, part 1 lanes 8..15
 #pragma once
 

@@ -96,9 +96,26 @@ inline std::int64_t axis_of(const char* operation, const char* name, const py::h
   return axis;
 }
 
-inline std::vector<std::int64_t> axes_of(const char* operation, const py::handle& object) {
+// The axes of a call, as the caller wrote them. Usually one, so no memory is asked for.
+class Axes {
+ public:
+  void push_back(std::int64_t axis) {
+    if (many_.empty() && count_ == kFew) many_.assign(few_, few_ + kFew);
+    many_.empty() ? void(few_[count_] = axis) : many_.push_back(axis);
+    ++count_;
+  }
+  lanenorm::AxisList list() const { return {many_.empty() ? few_ : many_.data(), count_}; }
+
+ private:
+  static constexpr int kFew = 4;
+  std::int64_t few_[kFew];
+  std::vector<std::int64_t> many_;
+  int count_ = 0;
+};
+
+inline Axes axes_of(const char* operation, const py::handle& object) {
   const char* expected = "int or tuple of ints";
-  std::vector<std::int64_t> axes;
+  Axes axes;
   if (PyTuple_Check(object.ptr())) {
     for (const py::handle axis : py::reinterpret_borrow<py::tuple>(object)) {
       axes.push_back(axis_of(operation, "axis", axis, expected));
@@ -259,7 +276,7 @@ struct Operations {
     const auto out = optional_argument<Device>(name, "out", out_);
     lanenorm::Args args;
     lanenorm::check_layer_norm_backward(name, dy.view, x.view, mean.view, rstd.view, weight.view(),
-                                        {axes.data(), static_cast<int>(axes.size())}, out.view(), &args);
+                                        axes.list(), out.view(), &args);
     return gradients(x, weight, out, param_grads, &args, Device::layer_norm_backward);
   }
 
@@ -329,7 +346,7 @@ struct Operations {
     const auto axes = axes_of(name, axis);
     auto out = optional_argument<Device>(name, "out", out_);
     lanenorm::check_layer_norm_forward(name, x.view, weight.view(), bias.view(),
-                                       {axes.data(), static_cast<int>(axes.size())}, number_of(name, "eps", eps),
+                                       axes.list(), number_of(name, "eps", eps),
                                        out.view(), args);
     return {std::move(x), std::move(out)};
   }

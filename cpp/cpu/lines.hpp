@@ -1,0 +1,253 @@
+// Lines as kernels see them: read and written vector by vector, whole or in part, past the caches or not.
+#pragma once
+
+#include <cstdint>
+
+#include "core/halves.hpp"
+#include "core/isa.hpp"
+
+namespace lanenorm {
+inline namespace LANENORM_ISA {
+
+// GCC unrolls no loop at -O2, and arrays of registers that are indexed in a loop live in memory: 21 cycles a vector
+// instead of 12.
+#ifdef LANENORM_NO_UNROLL
+#define LANENORM_UNROLL
+#else
+#define LANENORM_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// All lanes, or the first `lanes` of them.
+struct Full {};
+struct Part {
+  int lanes;
+};
+
+template <class T, class V>
+LANENORM_INLINE V load(const char* p, Full) {
+  return V::template load<T>(p);
+}
+template <class T, class V>
+LANENORM_INLINE V load(const char* p, Part part) {
+  return V::template load<T>(p, part.lanes);
+}
+template <class T, class V>
+LANENORM_INLINE void store(V v, char* p, Full) {
+  v.template store<T>(p);
+}
+template <class T, class V>
+LANENORM_INLINE void store(V v, char* p, Part part) {
+  v.template store<T>(p, part.lanes);
+}
+// A vector of a line that starts on a cache line, if stream.
+template <class T, class V>
+LANENORM_INLINE void write(V v, char* p, Full, bool stream) {
+  if (stream) {
+    v.template stream<T>(p);
+  } else {
+    v.template store<T>(p);
+  }
+}
+template <class T, class V>
+LANENORM_INLINE void write(V v, char* p, Part part, bool) {
+  v.template store<T>(p, part.lanes);
+}
+template <class V>
+LANENORM_INLINE V keep_part(V v, Full) {
+  return v;
+}
+template <class V>
+LANENORM_INLINE V keep_part(V v, Part part) {
+  return keep(v, part.lanes);
+}
+
+// f(element index, Full or Part) over the vectors of a line, kUnroll at a time.
+template <class V, int kUnroll = 1, class F>
+LANENORM_INLINE void for_vectors(std::int64_t length, F&& f) {
+  constexpr std::int64_t kLanes = V::kLanes;
+  std::int64_t i = 0;
+  if constexpr (kUnroll == 2) {  // halves the loop's own instructions; more brought nothing
+    for (; i + 2 * kLanes <= length; i += 2 * kLanes) {
+      f(i, Full{});
+      f(i + kLanes, Full{});
+    }
+  }
+  for (; i + kLanes <= length; i += kLanes) f(i, Full{});
+  if (i < length) f(i, Part{static_cast<int>(length - i)});
+}
+
+// A number of vectors or rows known at compile time.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// f(Count<n>{}) for n = 1..8
+template <class F>
+LANENORM_INLINE decltype(auto) with_vectors(int n, F&& f) {
+  switch (n) {
+    case 1: return f(Count<1>{});
+    case 2: return f(Count<2>{});
+    case 3: return f(Count<3>{});
+    case 4: return f(Count<4>{});
+    case 5: return f(Count<5>{});
+    case 6: return f(Count<6>{});
+    case 7: return f(Count<7>{});
+    default: return f(Count<8>{});
+  }
+}
+
+// f(Full) or f(Part{lanes}) for the last vector of `lanes` valid lanes.
+template <class V, class F>
+LANENORM_INLINE decltype(auto) with_last(int lanes, F&& f) {
+  if (lanes == V::kLanes) return f(Full{});
+  return f(Part{lanes});
+}
+
+// The first element of a line.
+template <class T, class S>
+LANENORM_INLINE S first_value(const char* p) {
+  T value;
+  __builtin_memcpy(&value, p, sizeof value);
+  if constexpr (sizeof(T) == 2) {
+    return static_cast<S>(widen(value));
+  } else {
+    return static_cast<S>(value);
+  }
+}
+
+// A vector of 16 elements as two of double; of a Part, 0 where there is none.
+template <class T, class V, class D>
+LANENORM_INLINE void load_wide(const char* p, Full, D* out) {
+  if constexpr (sizeof(T) == 4) {  // converts as it loads
+    out[0] = D::template load<T>(p);
+    out[1] = D::template load<T>(p + 8 * sizeof(T));
+  } else {
+    const V x = V::template load<T>(p);
+    out[0] = x.wide(0);
+    out[1] = x.wide(1);
+  }
+}
+
+template <class T, class V, class D>
+LANENORM_INLINE void load_wide(const char* p, Part part, D* out) {
+  const V x = V::template load<T>(p, part.lanes);
+  out[0] = x.wide(0);
+  out[1] = x.wide(1);
+}
+
+// ---- writing -----------------------------------------------------------------------------------------------------
+
+// Streaming stores need every row at the start of a cache line.
+LANENORM_INLINE bool on_cache_lines(char* const* lines, int rows) {
+  std::uintptr_t bits = 0;
+  for (int r = 0; r < rows; ++r) bits |= reinterpret_cast<std::uintptr_t>(lines[r]);
+  return bits % 64 == 0;
+}
+
+// Writing a line y of f(element index, Full or Part): up to its first cache line, and the rest from element i on.
+// Where vectors begin changes no element. Returns the first element not yet written.
+template <class T, class V, class F>
+LANENORM_INLINE std::int64_t write_head(char* y, std::int64_t length, F&& f) {
+  constexpr std::int64_t kBytes = sizeof(T);
+  const auto address = reinterpret_cast<std::uintptr_t>(y);
+  if (address % 64 == 0 || address % kBytes != 0) return 0;
+  std::int64_t head = static_cast<std::int64_t>(64 - address % 64) / kBytes;
+  if (head > length) head = length;
+  std::int64_t i = 0;
+  for (; i + V::kLanes <= head; i += V::kLanes) store<T>(f(i, Full{}), y + i * kBytes, Full{});  // 16-bit T only
+  if (i < head) {
+    const Part part{static_cast<int>(head - i)};
+    store<T>(f(i, part), y + i * kBytes, part);
+  }
+  return head;
+}
+template <class T, class V, class F>
+LANENORM_INLINE void write_rest(char* y, std::int64_t i, std::int64_t length, bool stream, F&& f) {
+  constexpr std::int64_t kBytes = sizeof(T);
+  for (; i + 2 * V::kLanes <= length; i += 2 * V::kLanes) {  // halves the loop's own instructions; more brought nothing
+    write<T>(f(i, Full{}), y + i * kBytes, Full{}, stream);
+    write<T>(f(i + V::kLanes, Full{}), y + (i + V::kLanes) * kBytes, Full{}, stream);
+  }
+  if (i + V::kLanes <= length) {
+    write<T>(f(i, Full{}), y + i * kBytes, Full{}, stream);
+    i += V::kLanes;
+  }
+  if (i < length) {
+    const Part part{static_cast<int>(length - i)};
+    store<T>(f(i, part), y + i * kBytes, part);
+  }
+}
+template <class T, class V, class F>
+LANENORM_INLINE void write_line(char* y, std::int64_t length, bool stream, F&& f) {
+  // Ordinary stores may straddle cache lines: a head of their own made them slower.
+  write_rest<T, V>(y, stream ? write_head<T, V>(y, length, f) : 0, length, stream, f);
+}
+
+// ---- streaming short rows ----------------------------------------------------------------------------------------
+
+// Rows that do not start on cache lines cannot be streamed one by one. Where they are short and adjacent in y, they are
+// written to L1 first and leave it as whole lines. 65537 x 100 float32: 100 -> 50 ns a row, copy 30.
+template <class D>
+class Stage {
+ public:
+  LANENORM_INLINE Stage(bool stream, std::int64_t row_bytes)
+      : active_(stream && row_bytes % 64 != 0 && 8 * row_bytes <= kBytes), row_bytes_(row_bytes) {}
+  LANENORM_INLINE ~Stage() { flush(); }
+  Stage(const Stage&) = delete;
+  Stage& operator=(const Stage&) = delete;
+
+  LANENORM_INLINE bool active() const { return active_; }
+
+  // Where to write the rows y[0..rows), at most 8: there, or here. table: (8)
+  LANENORM_INLINE char* const* lines(void* const* y, int rows, char** table) {
+    char* const* direct = reinterpret_cast<char* const*>(y);
+    if (!active_) return direct;
+    for (int r = 0; r + 1 < rows; ++r) {
+      if (direct[r + 1] - direct[r] != row_bytes_) return direct;
+    }
+    if (filled_ > 0 && (begin_ + filled_ != direct[0] || filled_ + rows * row_bytes_ > kBytes)) flush();
+    if (filled_ == 0) begin_ = direct[0];
+    char* base = buffer_ + reinterpret_cast<std::uintptr_t>(begin_) % 64 + filled_;
+    for (int r = 0; r < rows; ++r) table[r] = base + r * row_bytes_;
+    filled_ += rows * row_bytes_;
+    return table;
+  }
+
+ private:
+  static constexpr std::int64_t kBytes = 8192;
+
+  LANENORM_INLINE void flush() {
+    if (filled_ == 0) return;
+    const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(begin_) % 64);
+    const char* from = buffer_ + offset;
+    std::int64_t i = offset == 0 ? 0 : 64 - offset;
+    if (i > filled_) i = filled_;
+    __builtin_memcpy(begin_, from, static_cast<std::size_t>(i));
+    for (; i + 64 <= filled_; i += 64) D::template load<double>(from + i).template stream<double>(begin_ + i);
+    __builtin_memcpy(begin_ + i, from + i, static_cast<std::size_t>(filled_ - i));
+    filled_ = 0;
+  }
+
+  bool active_;
+  std::int64_t row_bytes_, filled_ = 0;
+  char* begin_ = nullptr;
+  alignas(64) char buffer_[kBytes + 64];
+};
+
+// ---- running sums --------------------------------------------------------------------------------------------------
+
+// sums[length] go to totals and become zero.
+template <class V, class D>
+LANENORM_INLINE void flush(typename V::Scalar* sums, std::int64_t length, double* totals) {
+  using S = typename V::Scalar;
+  for (std::int64_t i = 0; i < length; i += D::kLanes) {
+    const int lanes = static_cast<int>(length - i < D::kLanes ? length - i : D::kLanes);
+    const D sum = D::template load<double>(totals + i, lanes) + D::template load<S>(sums + i);
+    sum.template store<double>(totals + i, lanes);
+    D::zero().template store<S>(sums + i);
+  }
+}
+
+}  // namespace LANENORM_ISA
+}  // namespace lanenorm

@@ -1,0 +1,195 @@
+// Moments of runs: one or several contiguous runs -> count, mean, m2. The order of operations is stated in blocks.hpp.
+//
+// T storage, V compute vector, D = F64x8.
+#pragma once
+
+#include <cstdint>
+
+#include "core/moments.hpp"
+#include "cpu/blocks.hpp"
+#include "cpu/lines.hpp"
+
+namespace lanenorm {
+inline namespace LANENORM_ISA {
+
+// ---- reading a piece ---------------------------------------------------------------------------------------------
+
+// Adjacent elements; x is multiplied by a power of two where kScaled.
+template <class T, class V, bool kScaled>
+struct Adjacent {
+  const char* base;
+  typename V::Scalar scale;
+  template <class P>
+  LANENORM_INLINE V operator()(std::int64_t vector, P part) const {
+    const V x = load<T, V>(base + vector * V::kLanes * static_cast<std::int64_t>(sizeof(T)), part);
+    if constexpr (kScaled) return x * V::broadcast(scale);
+    return x;
+  }
+  LANENORM_INLINE typename V::Scalar first() const {
+    const typename V::Scalar x = first_value<T, typename V::Scalar>(base);
+    if constexpr (kScaled) return x * scale;
+    return x;
+  }
+  LANENORM_INLINE Adjacent from(std::int64_t vector) const {
+    return {base + vector * V::kLanes * static_cast<std::int64_t>(sizeof(T)), scale};
+  }
+};
+
+// ---- moments of float32 data -------------------------------------------------------------------------------------
+
+template <class V, class X>
+LANENORM_INLINE Lanes<V> full_blocks(const X& x, V pivot, int blocks) {
+  V mean;
+  Lanes<V> lanes = block<kBlock, V>(x, pivot, Full{}, &mean);
+  for (int k = 1; k < blocks; ++k) {
+    const Lanes<V> next = block<kBlock, V>(x.from(k * kBlock), pivot, Full{}, &mean);
+    add_full_block(&lanes, k, next, mean);
+  }
+  return lanes;
+}
+
+template <class T, class V>
+LANENORM_INLINE typename V::Scalar full_pivot(const char* x) {
+  using S = typename V::Scalar;
+  return row_pivot<kBlock, V>(Adjacent<T, V, false>{x, 1}, Full{}, first_value<T, S>(x), S(1) / S(kBlock * V::kLanes));
+}
+
+// A run joins the sums about `pivot`. first: full_pivot(x) if the run has a full block.
+template <class T, class V, class D>
+LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, typename V::Scalar first,
+                             PivotSums<D>* sums) {
+  constexpr std::int64_t kBlockElements = kBlock * V::kLanes, kBytes = sizeof(T);
+  std::int64_t blocks = length / kBlockElements;
+  length -= blocks * kBlockElements;
+  while (blocks > 0) {
+    const int count = blocks < kBlock ? static_cast<int>(blocks) : kBlock;
+    blocks -= count;
+    const char* next = x + count * kBlockElements * kBytes;
+    // The next pivot is a long chain of dependent operations: started here, it runs beside this superblock.
+    const typename V::Scalar own = first;
+    if (blocks > 0) first = full_pivot<T, V>(next);
+    const Lanes<V> lanes = full_blocks<V>(Adjacent<T, V, false>{x, 1}, V::broadcast(own), count);
+    add_lanes<V>(lanes, kBlock * count, 1.0 / (kBlock * count), static_cast<double>(own) - pivot, sums);
+    x = next;
+  }
+  if (length > 0) add_in_double<T, V>(x, length, D::broadcast(pivot), sums);
+}
+
+// ---- moments of float64 data -------------------------------------------------------------------------------------
+
+// The shape of a superblock of adjacent elements: full blocks, then N vectors of which the last has `lanes` lanes.
+struct Extent {
+  std::int64_t elements;
+  int full_blocks;
+  int tail_vectors;  // 0..8
+  int lanes;         // of the last vector
+};
+
+template <class V>
+LANENORM_INLINE Extent extent_of(std::int64_t elements) {
+  constexpr int kLanes = V::kLanes;
+  Extent e;
+  e.elements = elements;
+  e.full_blocks = static_cast<int>(elements / (kBlock * kLanes));
+  const int rest = static_cast<int>(elements % (kBlock * kLanes));
+  e.tail_vectors = (rest + kLanes - 1) / kLanes;
+  e.lanes = rest == 0 ? kLanes : rest - (e.tail_vectors - 1) * kLanes;
+  return e;
+}
+
+// Not inlined, like superblock_moments: 16 tails each, several callers.
+template <class V, class X>
+[[gnu::noinline]] typename V::Scalar superblock_pivot(const X& x, const Extent& e) {
+  using S = typename V::Scalar;
+  const S x0 = x.first();
+  if (e.full_blocks > 0) return row_pivot<kBlock, V>(x, Full{}, x0, S(1) / S(kBlock * V::kLanes));
+  const S inverse = inverse_power_of_two<S>(e.elements);
+  return with_vectors(e.tail_vectors, [&](auto n) LANENORM_LAMBDA_INLINE {
+    return with_last<V>(e.lanes, [&](auto last) LANENORM_LAMBDA_INLINE {
+      return row_pivot<decltype(n)::value, V>(x, last, x0, inverse);
+    });
+  });
+}
+
+template <class V, class D, class X>
+[[gnu::noinline]] Moments<double> superblock_moments(const X& x, const Extent& e, typename V::Scalar pivot) {
+  using S = typename V::Scalar;
+  const V p = V::broadcast(pivot);
+  const double count = static_cast<double>(e.elements);
+  if (e.tail_vectors == 0) {
+    return fold_lanes<V, D>(full_blocks<V>(x, p, e.full_blocks), pivot, count, kBlock * e.full_blocks);
+  }
+  Lanes<V> lanes{V::zero(), V::zero()};
+  if (e.full_blocks > 0) lanes = full_blocks<V>(x, p, e.full_blocks);
+  const X tail = x.from(e.full_blocks * kBlock);
+  return with_vectors(e.tail_vectors, [&](auto n) LANENORM_LAMBDA_INLINE {
+    constexpr int kVectors = decltype(n)::value;
+    return with_last<V>(e.lanes, [&](auto last) LANENORM_LAMBDA_INLINE {
+      V mean;
+      const Lanes<V> next = block<kVectors, V>(tail, p, last, &mean);
+      if constexpr (sizeof(last) == sizeof(Part)) {
+        const V counts = V::broadcast(S(kVectors - 1)) + keep_part(V::broadcast(S(1)), last);
+        if (e.full_blocks == 0) return fold_ragged<V, D>(next, pivot, count, counts);
+        add_block(&lanes, e.full_blocks, next, mean, counts);
+        return fold_ragged<V, D>(lanes, pivot, count, counts + V::broadcast(S(kBlock * e.full_blocks)));
+      } else {
+        if (e.full_blocks == 0) return fold_lanes<V, D>(next, pivot, count, kVectors);
+        add_block(&lanes, e.full_blocks, next, mean, V::broadcast(S(kVectors)));
+        return fold_lanes<V, D>(lanes, pivot, count, kVectors + kBlock * e.full_blocks);
+      }
+    });
+  });
+}
+
+// ---- moments of a piece ------------------------------------------------------------------------------------------
+
+using PieceTree = MomentsTree<16>;
+
+template <class V, bool kScaled>
+LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, PieceTree* tree) {
+  constexpr std::int64_t kElements = kSuperblock * V::kLanes;
+  using X = Adjacent<double, V, kScaled>;
+  const X whole{x, scale};
+  Extent e = extent_of<V>(length < kElements ? length : kElements);
+  double pivot = superblock_pivot<V>(whole, e);
+  for (std::int64_t i = 0; i < length;) {
+    const std::int64_t next = i + e.elements;
+    const Extent next_e = extent_of<V>(next + kElements <= length ? kElements : length - next);
+    double next_pivot = 0.0;  // started before the superblock, as in add_run
+    if (next < length) next_pivot = superblock_pivot<V>(whole.from(next / V::kLanes), next_e);
+    tree->push(superblock_moments<V, V>(whole.from(i / V::kLanes), e, pivot), static_cast<double>(e.elements));
+    i = next;
+    e = next_e;
+    pivot = next_pivot;
+  }
+}
+
+// kWide: in double throughout, x scaled (float64): for statistics out of range.
+template <class T, class V, class D, bool kWide>
+[[gnu::noinline]] Moments<double> piece_moments(const void* const* x, std::int64_t runs, std::int64_t length,
+                                                double scale, double* count) {
+  if constexpr (sizeof(T) == 8) {
+    PieceTree tree;
+    for (std::int64_t run = 0; run < runs; ++run) {
+      push_run<D, kWide>(static_cast<const char*>(x[run]), length, scale, &tree);
+    }
+    return tree.total(count);
+  } else {
+    const double pivot = first_value<T, double>(static_cast<const char*>(x[0]));
+    PivotSums<D> sums{D::zero(), D::zero()};
+    for (std::int64_t run = 0; run < runs; ++run) {
+      const char* p = static_cast<const char*>(x[run]);
+      if constexpr (kWide) {
+        add_in_double<T, V>(p, length, D::broadcast(pivot), &sums);
+      } else {
+        const auto first = length < kBlock * V::kLanes ? typename V::Scalar{} : full_pivot<T, V>(p);
+        add_run<T, V>(p, length, pivot, first, &sums);
+      }
+    }
+    *count = static_cast<double>(runs * length);
+    return moments_about(pivot, sums.sum.fold(), sums.square.fold(), *count, 0.0);
+  }
+}
+
+}  // namespace LANENORM_ISA
+}  // namespace lanenorm
