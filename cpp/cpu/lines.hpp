@@ -193,7 +193,10 @@ class Stage {
  public:
   LANENORM_INLINE Stage(bool stream, std::int64_t row_bytes)
       : active_(stream && row_bytes % 64 != 0 && 8 * row_bytes <= kBytes), row_bytes_(row_bytes) {}
-  LANENORM_INLINE ~Stage() { flush(); }
+  LANENORM_INLINE ~Stage() {
+    flush();
+    if (active_) fence();
+  }
   Stage(const Stage&) = delete;
   Stage& operator=(const Stage&) = delete;
 

@@ -27,6 +27,7 @@ class Segments {
     count_ = per_run_ > 1 ? runs_ * per_run_ : ceil_div(runs_, runs_each_);
   }
   std::int64_t count() const { return count_; }
+  std::int64_t per_run() const { return per_run_; }
   Segment operator[](std::int64_t i) const {
     if (per_run_ > 1) {
       const std::int64_t first = i % per_run_ * elements_each_;
@@ -66,18 +67,39 @@ class RowDriver {
     }
   }
 
+  // In the order of memory: plane after plane of an image, each with the constants of its channel.
   void inference() const {
-    if (whole_rows()) return inference_whole_rows();
     const C* mean = static_cast<const C*>(p_.mean);
     const C* rstd = static_cast<const C*>(p_.rstd);
     const C* rstd_low = static_cast<const C*>(p_.rstd_low);
-    const std::int64_t segments = segments_.count();
-    const std::int64_t each = larger(1, kPieceElements / larger(1, plan_.reduced / segments));
-    const std::int64_t units = plan_.statistics * segments;
-    parallel_for(ceil_div(units, each), p_.bytes(2), [&](std::int64_t piece) {
-      for (std::int64_t u = piece * each; u < smaller(units, (piece + 1) * each); ++u) {
-        const std::int64_t s = u / segments;
-        apply(s, u % segments, Normalizer<C>{mean[s], rstd[s], rstd_low[s], -C(0), C(1)}, s);
+    const std::int64_t images = plan_.lines_per_statistic, parts = segments_.per_run();
+    const std::int64_t group = larger(1, row_piece() / plan_.inner), groups = ceil_div(plan_.statistics, group);
+    parallel_for(images * groups * parts, p_.bytes(2), [&](std::int64_t piece) {
+      const Segment segment = segments_[piece % parts];  // of a run
+      const std::int64_t image = piece / parts / groups, first = piece / parts % groups * group;
+      const std::int64_t stop = smaller(plan_.statistics, first + group);
+      constexpr std::int64_t kStep = 64;
+      for (std::int64_t s = first; s < stop; s += kStep) {
+        Normalizer<C> normalizer[kStep];
+        const std::int64_t count = smaller(kStep, stop - s), line = s * images + image;
+        for (std::int64_t i = 0; i < count; ++i)
+          normalizer[i] = {mean[s + i], rstd[s + i], rstd_low[s + i], -C(0), C(1)};
+        InputLines x = x_lines();
+        OutputLines y = y_lines();
+        RowApply a;
+        a.x = x.get(line, images, count, segment.first_element, segment.length);
+        a.y = y.get(line, images, count, segment.first_element, segment.length);
+        a.runs = count;
+        a.length = segment.length;
+        a.normalizer = normalizer;
+        a.per_run = true;
+        a.weight = at(p_.weight, s);
+        a.bias = at(p_.bias, s);
+        a.per_element = false;
+        a.stream = stream_;
+        a.ahead = nullptr;
+        p_.kernels.row_apply(a);
+        y.finish();
       }
     });
   }
@@ -203,30 +225,6 @@ class RowDriver {
 
   static const C* at(const void* parameters, std::int64_t index) {
     return parameters == nullptr ? nullptr : static_cast<const C*>(parameters) + index;
-  }
-
-  void inference_whole_rows() const {
-    const std::int64_t rows = larger(1, row_piece() / plan_.inner);
-    const C* mean = static_cast<const C*>(p_.mean);
-    const C* rstd = static_cast<const C*>(p_.rstd);
-    const C* rstd_low = static_cast<const C*>(p_.rstd_low);
-    parallel_for(ceil_div(plan_.outer, rows), p_.bytes(2), [&](std::int64_t piece) {
-      const std::int64_t stop = smaller(plan_.outer, (piece + 1) * rows);
-      constexpr std::int64_t kStep = 16;
-      for (std::int64_t row = piece * rows; row < stop; row += kStep) {
-        Normalizer<C> normalizer[kStep];
-        const std::int64_t count = smaller(kStep, stop - row);
-        for (std::int64_t i = 0; i < count; ++i) {
-          normalizer[i] = {mean[row + i], rstd[row + i], rstd_low[row + i], -C(0), C(1)};
-        }
-        InputLines x = x_lines();
-        OutputLines y = y_lines();
-        p_.kernels.row_apply({x.get(row, 1, count, 0, plan_.inner), y.get(row, 1, count, 0, plan_.inner), count,
-                              plan_.inner, normalizer, true, at(p_.weight, row), at(p_.bias, row), false, stream_,
-                              nullptr});
-        y.finish();
-      }
-    });
   }
 
   // next: the statistic whose moments are computed after this one, or s; its x is fetched while y is written.

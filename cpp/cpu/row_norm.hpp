@@ -120,31 +120,38 @@ LANENORM_INLINE void apply_any(const char* x, char* y, std::int64_t length, cons
   }
 }
 
-template <class T, class V>
+template <class T, class V, class D>
 void row_apply(const RowApply& a) {
   using S = typename V::Scalar;
   const Normalizer<S>* normalizer = static_cast<const Normalizer<S>*>(a.normalizer);
   const auto runs = [&](auto affine_of_run) LANENORM_LAMBDA_INLINE {
-    for (std::int64_t run = 0; run < a.runs; ++run) {
-      const Normalizer<S>& n = normalizer[a.per_run ? run : 0];
-      const Traffic traffic{a.stream, a.ahead == nullptr ? nullptr : static_cast<const char*>(a.ahead[run])};
-      apply_any<T, V>(static_cast<const char*>(a.x[run]), static_cast<char*>(a.y[run]), a.length, n, affine_of_run(run),
-                      traffic);
+    Stage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
+    for (std::int64_t first = 0; first < a.runs; first += 8) {
+      const int rows = static_cast<int>(a.runs - first < 8 ? a.runs - first : 8);
+      char* table[8];
+      char* const* y = stage.lines(a.y + first, rows, table);
+      for (int r = 0; r < rows; ++r) {
+        const std::int64_t run = first + r;
+        const Normalizer<S>& n = normalizer[a.per_run ? run : 0];
+        const Traffic traffic{a.stream && y != table,
+                              a.ahead == nullptr ? nullptr : static_cast<const char*>(a.ahead[run])};
+        apply_any<T, V>(static_cast<const char*>(a.x[run]), y[r], a.length, n, affine_of_run(run), traffic);
+      }
     }
-    if (a.stream) fence();
   };
   if (!a.per_element) {
     runs([&](std::int64_t run) { return statistic_affine<V>(a.weight, a.bias, a.per_run ? run : 0); });
-    return;
-  }
-  with_affine<V>(a.weight, a.bias, [&](auto affine) LANENORM_LAMBDA_INLINE {
-    runs([&](std::int64_t run) {
-      auto shifted = affine;
-      if (shifted.weight != nullptr) shifted.weight += run * a.length;
-      if (shifted.bias != nullptr) shifted.bias += run * a.length;
-      return shifted;
+  } else {
+    with_affine<V>(a.weight, a.bias, [&](auto affine) LANENORM_LAMBDA_INLINE {
+      runs([&](std::int64_t run) {
+        auto shifted = affine;
+        if (shifted.weight != nullptr) shifted.weight += run * a.length;
+        if (shifted.bias != nullptr) shifted.bias += run * a.length;
+        return shifted;
+      });
     });
-  });
+  }
+  if (a.stream) fence();
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ constexpr KernelTable make_table() {
   t.row_forward = &row_forward<T, V, D>;
   t.row_moments = &row_moments<T, V, D, false>;
   t.row_moments_wide = &row_moments<T, V, D, true>;
-  t.row_apply = &row_apply<T, V>;
+  t.row_apply = &row_apply<T, V, D>;
   t.row_sums = &row_sums<T, V, D>;
   t.row_gradient = &row_gradient<T, V, D>;
   t.row_backward = &row_backward<T, V, D>;
