@@ -198,7 +198,7 @@ LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, in
     }
   } else {
     alignas(64) double pivot[8] = {};
-    S first[8];  // pivots of all rows before any of their sums: their chains of dependent operations overlap
+    S first[8] = {};  // pivots of all rows before any of their sums: their chains of dependent operations overlap
     D sum[8], square[8];
     for (int r = 0; r < rows; ++r) {
       const char* p = static_cast<const char*>(x[r]);
