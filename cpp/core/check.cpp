@@ -39,12 +39,6 @@ Range range_of(const View& view) {
   return {low, high};
 }
 
-bool overlap(const View& a, const View& b) {
-  if (empty(a) || empty(b)) return false;
-  const Range ra = range_of(a), rb = range_of(b);
-  return ra.begin < rb.end && rb.begin < ra.end;
-}
-
 // Same pointer, shape and strides.
 bool same_array(const View& a, const View& b) {
   if (a.data != b.data || a.dtype != b.dtype || !same_shape(a, b.shape, b.axes)) return false;
@@ -66,11 +60,7 @@ struct Call {
   Call(const char* operation, const View& x, Args* args, AxisList axes)
       : operation(operation), x(x), args(args), axes(axes), parameter_axes(0) {}
 
-  // "axis -1 of x (2, 8)"
-  std::string of_x() const {
-    return "axis " + (axes.count == 1 ? std::to_string(axes.axis[0]) : errors::tuple(axes.axis, axes.count)) +
-           " of x " + errors::shape(x);
-  }
+  std::string of_x() const { return errors::axis_of(axes.axis, axes.count, x); }
 
   std::int64_t normalized_axis(const char* argument, std::int64_t axis) const {
     if (axis < -x.axes || axis >= x.axes) errors::axis_out_of_range(operation, argument, axis, x);
@@ -228,6 +218,12 @@ void statistic_vectors(const Call& call, const View& mean, const View& rstd) {
 }
 
 }  // namespace
+
+bool overlap(const View& a, const View& b) {
+  if (empty(a) || empty(b)) return false;
+  const Range ra = range_of(a), rb = range_of(b);
+  return ra.begin < rb.end && rb.begin < ra.end;
+}
 
 void check_layer_norm_forward(const char* operation, const View& x, const View* weight, const View* bias, AxisList axes,
                               double eps, const View* out, Args* args) {

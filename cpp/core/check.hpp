@@ -30,6 +30,9 @@ void check_batch_norm_backward(const char* operation, const View& dy, const View
                                const View* weight, std::int64_t channel_axis, bool training, const View* out,
                                Args* args);
 
+// Whether the address ranges that two arrays touch have an address in common.
+bool overlap(const View& a, const View& b);
+
 // Statistic arrays: (C,) for BN, the shape of x with the reduced axes 1 for LN.
 void attach_statistics(const View& x, const View& mean, const View& rstd, Args* args);
 // Parameter gradients: the shape of weight.

@@ -36,6 +36,11 @@ inline std::string tuple(const std::int64_t* values, int count) {
 
 inline std::string shape(const View& view) { return tuple(view.shape, view.axes); }
 
+// "axis -1 of x (2, 8)": the axes as the caller wrote them
+inline std::string axis_of(const std::int64_t* axes, int count, const View& x) {
+  return "axis " + (count == 1 ? std::to_string(axes[0]) : tuple(axes, count)) + " of x " + shape(x);
+}
+
 inline std::string start(const char* operation, const char* argument) {
   return std::string(operation) + ": " + argument + " ";
 }

@@ -33,6 +33,8 @@ struct Problem {
   ExactStatistic* exact;  // (statistics) for running statistics, or null
   double* dweight;        // zeros on entry, or null
   double* dbias;
+  void* sum_dweight;  // C, zeros on entry: in place of dweight and dbias where LN has one chunk of rows; or null
+  void* sum_dbias;
 
   std::int64_t bytes(int passes) const { return plan.elements * size(args.dtype) * passes; }
   bool stream() const;  // y (dx) is written past the caches
@@ -67,6 +69,11 @@ void columns_backward(const Problem& problem);
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 constexpr std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// The least rows of a chunk of LN's dweight and dbias; so many are summed in C (kFlushRows) and need no totals in
+// double, which for few long rows are larger than the data: 1 x 1048576 took 17 copies.
+inline constexpr std::int64_t kChunkRows = 16;
+static_assert(kChunkRows <= kFlushRows && kChunkRows % kRowBlock == 0);
 
 // Elements of a piece where its size is free: 64 KB of float32, so that x and y of a piece fit an L2 cache of 256 KB
 // and 128 rows of 768 still make 6 pieces.

@@ -78,9 +78,11 @@ struct RowGradient {
   const void* constants;  // (rows) GradientConstants<C>; with `shared`, one for all rows, and no weight
   bool shared;
   bool stream;        // write dx past the caches, where lines allow it
-  double* dweight;    // (length) running totals, or null: no parameter gradients
-  double* dbias;      // (length)
-  void* scratch;      // 2 * padded(length) C: sums of up to kFlushRows rows, zero before the first, after the last
+  void* sum_dweight;  // (length) C: sums of up to kFlushRows rows, zero before the first; null: no parameter gradients;
+                      // (padded(length)) where they go to totals
+  void* sum_dbias;
+  double* dweight;  // (length) running totals: the sums go there and become zero again; null: they stay
+  double* dbias;
   std::int64_t done;  // rows of this chunk before these, a multiple of kRowBlock
   bool last;          // these end the chunk
   bool prefetch;      // fetch x and dy of the row `ahead` rows below each
@@ -99,7 +101,8 @@ struct RowBackward {
   bool per_row;        // BN: weight, dweight, dbias belong to the row
   double* dweight;     // with per_row (rows), else this and the rest as in RowGradient
   double* dbias;
-  void* scratch;
+  void* sum_dweight;
+  void* sum_dbias;
   std::int64_t done;
   bool last;
   bool stream;    // write dx past the caches, where rows start on cache lines

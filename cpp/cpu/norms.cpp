@@ -73,33 +73,39 @@ void round_to(const double* values, std::int64_t count, C* out) {
   for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<C>(values[i]);
 }
 
-// Totals in double, rounded to the array's dtype.
+// dweight or dbias: totals in double, rounded to the array's dtype at the end; or sums in the array itself.
 class ParameterGradient {
  public:
-  ParameterGradient(const Vector& v) : vector_(v) {
+  ParameterGradient(const Vector& v, DType dtype, bool in_place) : vector_(v), dtype_(dtype), in_place_(in_place) {
     if (v.data == nullptr) return;
-    totals_.reserve(v.loop.count * 8);
-    std::memset(totals_.data(), 0, static_cast<std::size_t>(v.loop.count) * 8);
+    const std::int64_t bytes = v.loop.count * (in_place ? size(dtype) : 8);
+    if (!in_place) totals_.reserve(bytes);
+    std::memset(in_place ? v.data : totals_.data(), 0, static_cast<std::size_t>(bytes));
   }
-  double* data() const { return vector_.data == nullptr ? nullptr : totals_.as<double>(); }
-  void finish(DType dtype) const {
-    if (vector_.data == nullptr) return;
+  double* totals() const { return vector_.data == nullptr || in_place_ ? nullptr : totals_.as<double>(); }
+  void* sums() const { return in_place_ ? vector_.data : nullptr; }
+  void finish() const {
+    if (vector_.data == nullptr || in_place_) return;
     const std::int64_t count = vector_.loop.count;
-    Buffer rounded(count * size(dtype));
-    if (dtype == DType::float64) {
-      round_to(data(), count, rounded.as<double>());
-    } else if (dtype == DType::float32) {
-      round_to(data(), count, rounded.as<float>());
+    const bool direct = usable_in_place(vector_, dtype_, dtype_);
+    Buffer buffer(direct ? 0 : count * size(dtype_));
+    void* rounded = direct ? vector_.data : buffer.data();
+    if (dtype_ == DType::float64) {
+      round_to(totals(), count, static_cast<double*>(rounded));
+    } else if (dtype_ == DType::float32) {
+      round_to(totals(), count, static_cast<float*>(rounded));
     } else {
       Buffer single(count * 4);
-      round_to(data(), count, single.as<float>());
-      kernels(dtype).narrow(single.data(), count, rounded.data());
+      round_to(totals(), count, single.as<float>());
+      kernels(dtype_).narrow(single.data(), count, rounded);
     }
-    unpack(vector_.loop, static_cast<char*>(vector_.data), 0, count, size(dtype), rounded.data());
+    if (!direct) unpack(vector_.loop, static_cast<char*>(vector_.data), 0, count, size(dtype_), buffer.data());
   }
 
  private:
   const Vector& vector_;
+  DType dtype_;
+  bool in_place_;
   Buffer totals_;
 };
 
@@ -160,9 +166,11 @@ void norm_forward(const Args& args) {
   const bool running = args.running_mean.data != nullptr && args.plan.elements > 0;
   const Buffer buffer(running ? args.plan.statistics * static_cast<std::int64_t>(sizeof(ExactStatistic)) : 0);
   ExactStatistic* exact = running ? buffer.as<ExactStatistic>() : nullptr;
-  const Problem problem{
-      args,    args.plan, kernels(args.dtype), weight.data(), bias.data(), mean.data(), rstd.data(), nullptr, exact,
-      nullptr, nullptr};
+  const Problem problem{args,          args.plan,   kernels(args.dtype),
+                        weight.data(), bias.data(), mean.data(),
+                        rstd.data(),   nullptr,     exact,
+                        nullptr,       nullptr,     nullptr,
+                        nullptr};
   with_compute(args.dtype, [&](auto c) {
     using C = decltype(c);
     forward<C>(problem);
@@ -178,8 +186,13 @@ void norm_backward(const Args& args) {
   const InputVector weight(args.weight, args.parameter_dtype, compute);
   const InputVector mean(args.mean, compute, compute);
   const InputVector rstd(args.rstd, compute, compute);
-  const ParameterGradient dweight(args.dweight);
-  const ParameterGradient dbias(args.dbias);
+  const auto summed_in_place = [&](const Vector& v) {
+    return v.data != nullptr && usable_in_place(v, args.parameter_dtype, compute);
+  };
+  const bool in_place = args.plan.work == Work::rows && args.plan.affine == Affine::per_element &&
+                        args.plan.outer <= kChunkRows && summed_in_place(args.dweight) && summed_in_place(args.dbias);
+  const ParameterGradient dweight(args.dweight, args.parameter_dtype, in_place);
+  const ParameterGradient dbias(args.dbias, args.parameter_dtype, in_place);
   const Problem problem{args,
                         args.plan,
                         kernels(args.dtype),
@@ -189,16 +202,18 @@ void norm_backward(const Args& args) {
                         const_cast<void*>(rstd.data()),
                         nullptr,
                         nullptr,
-                        dweight.data(),
-                        dbias.data()};
+                        dweight.totals(),
+                        dbias.totals(),
+                        dweight.sums(),
+                        dbias.sums()};
   if (args.plan.elements > 0) {
     with_compute(args.dtype, [&](auto c) {
       using C = decltype(c);
       args.plan.work == Work::rows ? rows_backward<C>(problem) : columns_backward<C>(problem);
     });
   }
-  dweight.finish(args.parameter_dtype);
-  dbias.finish(args.parameter_dtype);
+  dweight.finish();
+  dbias.finish();
 }
 
 }  // namespace
@@ -230,7 +245,8 @@ void batch_norm_inference(const Args& args) {
     const Problem problem{args,          args.plan,   kernels(args.dtype),
                           weight.data(), bias.data(), const_cast<void*>(mean.data()),
                           rstd,          rstd_low,    nullptr,
-                          nullptr,       nullptr};
+                          nullptr,       nullptr,     nullptr,
+                          nullptr};
     args.plan.work == Work::rows ? rows_inference<C>(problem) : columns_inference<C>(problem);
   });
 }

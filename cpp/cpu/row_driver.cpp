@@ -368,7 +368,9 @@ class RowDriver {
 
   // dweight and dbias are summed over fixed chunks of rows, then over chunks in index order. 128 rows make 8 chunks;
   // from 512 rows a chunk on, the partial sums (16 bytes a column) are below 1 % of x.
-  std::int64_t chunk_rows() const { return larger(16, smaller(512, ceil_div(ceil_div(plan_.outer, 32), 16) * 16)); }
+  std::int64_t chunk_rows() const {
+    return larger(kChunkRows, smaller(512, ceil_div(ceil_div(plan_.outer, 32), kChunkRows) * kChunkRows));
+  }
   std::int64_t chunks() const { return ceil_div(plan_.outer, chunk_rows()); }
 
   // f(chunk, dweight, dbias) in parallel pieces of `per_chunk`; partial sums are added to the totals.
@@ -400,13 +402,17 @@ class RowDriver {
     });
   }
 
-  // Zeroed sums of up to 64 rows for `columns` columns.
-  static void* zero_scratch(std::int64_t columns) {
-    Buffer& scratch = thread_buffer(Slot::sums);
-    const std::int64_t bytes = 2 * padded(columns) * static_cast<std::int64_t>(sizeof(C));
-    scratch.reserve(bytes);
-    std::memset(scratch.data(), 0, static_cast<std::size_t>(bytes));
-    return scratch.data();
+  // Zeroed sums of kFlushRows rows for `columns` columns of dweight and of dbias; null where they are not wanted.
+  struct Sums {
+    void *dweight, *dbias;
+  };
+  Sums zero_sums(std::int64_t columns) const {
+    if (p_.dweight == nullptr) return {nullptr, nullptr};
+    Buffer& buffer = thread_buffer(Slot::sums);
+    const std::int64_t pitch = padded(columns);
+    buffer.reserve(2 * pitch * static_cast<std::int64_t>(sizeof(C)));
+    std::memset(buffer.data(), 0, static_cast<std::size_t>(2 * pitch) * sizeof(C));
+    return {buffer.as<C>(), buffer.as<C>() + pitch};
   }
 
   static void zero(double* values, std::int64_t count) {
@@ -427,7 +433,9 @@ class RowDriver {
       a.weight = p_.weight;
       a.dweight = dweight;
       a.dbias = dbias;
-      a.scratch = zero_scratch(plan_.inner);
+      const Sums sums = zero_sums(plan_.inner);
+      a.sum_dweight = sums.dweight;
+      a.sum_dbias = sums.dbias;
       a.stream = stream_;
       a.prefetch = prefetch();
       for (std::int64_t i = 0; i < rows; i += step) {
@@ -466,35 +474,46 @@ class RowDriver {
 
     const std::int64_t tile = smaller(plan_.inner, 8192);  // x, dy, dx of 8 rows of a tile: 768 KB
     const std::int64_t tiles = ceil_div(plan_.inner, tile), runs = plan_.lines_per_statistic;
-    with_partials(
-        runs * tiles, p_.bytes(3), [&](std::int64_t chunk, std::int64_t part, double* dweight, double* dbias) {
-          const std::int64_t run = part / tiles, column = part % tiles * tile;
-          const std::int64_t length = smaller(tile, plan_.inner - column), element = run * plan_.inner + column;
-          const std::int64_t first = chunk * chunk_rows(), rows = smaller(chunk_rows(), plan_.outer - first);
-          InputLines x = x_lines(), dy = dy_lines();
-          OutputLines dx = y_lines();
-          RowGradient a{};
-          a.length = length;
-          a.weight = at(p_.weight, element);
-          a.dweight = dweight == nullptr ? nullptr : dweight + element;
-          a.dbias = dbias == nullptr ? nullptr : dbias + element;
-          zero(a.dweight, length);
-          zero(a.dbias, length);
-          a.scratch = zero_scratch(length);
-          a.stream = stream_;
-          for (std::int64_t i = 0; i < rows; i += kRowBlock) {
-            a.rows = smaller(kRowBlock, rows - i);
-            const std::int64_t line = (first + i) * runs + run;
-            a.x = x.get(line, runs, a.rows, column, length);
-            a.dy = dy.get(line, runs, a.rows, column, length);
-            a.dx = dx.get(line, runs, a.rows, column, length);
-            a.constants = constants + first + i;
-            a.done = i;
-            a.last = i + a.rows == rows;
-            p_.kernels.row_gradient(a);
-            dx.finish();
-          }
-        });
+    const auto piece = [&](std::int64_t chunk, std::int64_t part, double* dweight, double* dbias) {
+      const std::int64_t run = part / tiles, column = part % tiles * tile;
+      const std::int64_t length = smaller(tile, plan_.inner - column), element = run * plan_.inner + column;
+      const std::int64_t first = chunk * chunk_rows(), rows = smaller(chunk_rows(), plan_.outer - first);
+      InputLines x = x_lines(), dy = dy_lines();
+      OutputLines dx = y_lines();
+      RowGradient a{};
+      a.length = length;
+      a.weight = at(p_.weight, element);
+      a.dweight = dweight == nullptr ? nullptr : dweight + element;
+      a.dbias = dbias == nullptr ? nullptr : dbias + element;
+      zero(a.dweight, length);
+      zero(a.dbias, length);
+      if (p_.sum_dweight != nullptr) {
+        a.sum_dweight = static_cast<C*>(p_.sum_dweight) + element;
+        a.sum_dbias = static_cast<C*>(p_.sum_dbias) + element;
+      } else {
+        const Sums sums = zero_sums(length);
+        a.sum_dweight = sums.dweight;
+        a.sum_dbias = sums.dbias;
+      }
+      a.stream = stream_;
+      for (std::int64_t i = 0; i < rows; i += kRowBlock) {
+        a.rows = smaller(kRowBlock, rows - i);
+        const std::int64_t line = (first + i) * runs + run;
+        a.x = x.get(line, runs, a.rows, column, length);
+        a.dy = dy.get(line, runs, a.rows, column, length);
+        a.dx = dx.get(line, runs, a.rows, column, length);
+        a.constants = constants + first + i;
+        a.done = i;
+        a.last = i + a.rows == rows;
+        p_.kernels.row_gradient(a);
+        dx.finish();
+      }
+    };
+    if (p_.sum_dweight != nullptr) {  // one chunk, whose sums are the result
+      parallel_for(runs * tiles, p_.bytes(3), [&](std::int64_t part) { piece(0, part, nullptr, nullptr); });
+    } else {
+      with_partials(runs * tiles, p_.bytes(3), piece);
+    }
   }
 
   const Problem& p_;

@@ -380,11 +380,10 @@ LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, 
                part, stream);
     }
     if constexpr (kParameters) {
-      // Scratch is padded to whole vectors: masked lanes only ever touch padding.
       char* pw = reinterpret_cast<char*>(sum_dweight + i);
       char* pb = reinterpret_cast<char*>(sum_dbias + i);
-      store<S>(load<S, V>(pw, Full{}) + tree_of_products<N>(g, xhat), pw, Full{});
-      store<S>(load<S, V>(pb, Full{}) + tree<N>(g), pb, Full{});
+      store<S>(load<S, V>(pw, part) + tree_of_products<N>(g, xhat), pw, part);
+      store<S>(load<S, V>(pb, part) + tree<N>(g), pb, part);
     }
   });
 }
@@ -399,9 +398,9 @@ template <class T, class V, class D>
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + first;
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + first;
   const S* w = static_cast<const S*>(a.weight);
-  const bool parameters = a.dweight != nullptr;
-  S* sum_dweight = static_cast<S*>(a.scratch);
-  S* sum_dbias = sum_dweight + (parameters ? padded(a.length) : 0);
+  S* sum_dweight = static_cast<S*>(a.sum_dweight);
+  S* sum_dbias = static_cast<S*>(a.sum_dbias);
+  const bool parameters = sum_dweight != nullptr;
   const bool ahead = a.prefetch && first + a.ahead + rows <= a.rows;
   for (std::int64_t r = 0; r < rows; ++r) stream = stream && reinterpret_cast<std::uintptr_t>(dx[r]) % 64 == 0;
   const auto block = [&](auto n, std::int64_t r) LANENORM_LAMBDA_INLINE {
@@ -428,7 +427,7 @@ template <class T, class V, class D>
     for (std::int64_t r = 0; r < rows; ++r) block(Count<1>{}, r);
   }
   const bool end = a.last && first + rows == a.rows;
-  if (parameters && (end || (a.done + first + kRowBlock) % kFlushRows == 0)) {
+  if (parameters && a.dweight != nullptr && (end || (a.done + first + kRowBlock) % kFlushRows == 0)) {
     flush<V, D>(sum_dweight, a.length, a.dweight);
     flush<V, D>(sum_dbias, a.length, a.dbias);
   }
@@ -510,23 +509,24 @@ void row_backward(const RowBackward& a) {
   using S = typename V::Scalar;
   GradientConstants<S> constants[8];
   const std::int64_t group = 2 * 8 * a.length * static_cast<std::int64_t>(sizeof(T)) <= kGroupBytes ? 8 : kRowBlock;
-  // Parameters of a row are no business of gradient_block.
-  const RowGradient block{a.x,
-                          a.dy,
-                          a.dx,
-                          a.rows,
-                          a.length,
-                          a.per_row ? nullptr : a.weight,
-                          nullptr,
-                          false,
-                          a.stream,
-                          a.per_row ? nullptr : a.dweight,
-                          a.per_row ? nullptr : a.dbias,
-                          a.scratch,
-                          a.done,
-                          a.last,
-                          a.prefetch,
-                          group};
+  RowGradient block{};
+  block.x = a.x;
+  block.dy = a.dy;
+  block.dx = a.dx;
+  block.rows = a.rows;
+  block.length = a.length;
+  block.stream = a.stream;
+  block.prefetch = a.prefetch;
+  block.ahead = group;
+  if (!a.per_row) {  // else weight is in the constants, and the sums over rows are not wanted
+    block.weight = a.weight;
+    block.sum_dweight = a.sum_dweight;
+    block.sum_dbias = a.sum_dbias;
+    block.dweight = a.dweight;
+    block.dbias = a.dbias;
+    block.done = a.done;
+    block.last = a.last;
+  }
   Stage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
   for (std::int64_t first = 0; first < a.rows; first += group) {
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);

@@ -8,6 +8,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cxxabi.h>
+
 #include <atomic>
 #include <chrono>
 #include <exception>
@@ -170,6 +172,8 @@ void run(const lanenorm::Args& args, F&& operation) {
   std::exception_ptr error;
   try {
     operation(args);
+  } catch (abi::__forced_unwind&) {  // the interrupt hook met an interpreter that ends: the thread is being unwound
+    throw;
   } catch (...) {
     error = std::current_exception();
   }
@@ -275,8 +279,8 @@ struct Operations {
     const auto axes = axes_of(name, axis);
     const auto out = optional_argument<Device>(name, "out", out_);
     lanenorm::Args args;
-    lanenorm::check_layer_norm_backward(name, dy.view, x.view, mean.view, rstd.view, weight.view(),
-                                        axes.list(), out.view(), &args);
+    lanenorm::check_layer_norm_backward(name, dy.view, x.view, mean.view, rstd.view, weight.view(), axes.list(),
+                                        out.view(), &args);
     return gradients(x, weight, out, param_grads, &args, Device::layer_norm_backward);
   }
 
@@ -345,9 +349,8 @@ struct Operations {
     const auto bias = optional_argument<Device>(name, "bias", bias_);
     const auto axes = axes_of(name, axis);
     auto out = optional_argument<Device>(name, "out", out_);
-    lanenorm::check_layer_norm_forward(name, x.view, weight.view(), bias.view(),
-                                       axes.list(), number_of(name, "eps", eps),
-                                       out.view(), args);
+    lanenorm::check_layer_norm_forward(name, x.view, weight.view(), bias.view(), axes.list(),
+                                       number_of(name, "eps", eps), out.view(), args);
     return {std::move(x), std::move(out)};
   }
 };
