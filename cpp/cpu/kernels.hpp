@@ -85,8 +85,6 @@ struct RowGradient {
   double* dbias;
   std::int64_t done;  // rows of this chunk before these, a multiple of kRowBlock
   bool last;          // these end the chunk
-  bool prefetch;      // fetch x and dy of the row `ahead` rows below each
-  std::int64_t ahead;
 };
 
 // Whole rows of a backward: sums and gradients, kRowBlock rows at a time.
@@ -105,8 +103,7 @@ struct RowBackward {
   void* sum_dbias;
   std::int64_t done;
   bool last;
-  bool stream;    // write dx past the caches, where rows start on cache lines
-  bool prefetch;  // fetch the rows after these while writing
+  bool stream;  // write dx past the caches, where rows start on cache lines
 };
 
 // ---- columns: a line is a row of a matrix, or a piece of one -----------------------------------------------------

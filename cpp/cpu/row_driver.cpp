@@ -143,6 +143,7 @@ class RowDriver {
   }
 
   // Rows are fetched ahead of streaming stores where a group of them fits L1; along longer ones the processor does it.
+  // (A backward, with two arrays to read, never gained: 65536 x 64 9.7 ns a vector without, 11.1 with.)
   bool prefetch() const { return stream_ && plan_.inner * size(p_.args.dtype) <= 16384; }
 
   // Streams gain from longer pieces, at whose ends nothing is fetched ahead.
@@ -340,7 +341,6 @@ class RowDriver {
         a.dweight = p_.dweight == nullptr ? nullptr : p_.dweight + row;
         a.dbias = p_.dbias == nullptr ? nullptr : p_.dbias + row;
         a.stream = stream_;
-        a.prefetch = prefetch();
         p_.kernels.row_backward(a);
         dx.finish();
       }
@@ -437,7 +437,6 @@ class RowDriver {
       a.sum_dweight = sums.dweight;
       a.sum_dbias = sums.dbias;
       a.stream = stream_;
-      a.prefetch = prefetch();
       for (std::int64_t i = 0; i < rows; i += step) {
         a.rows = smaller(step, rows - i);
         a.x = x.get(first + i, 1, a.rows, 0, plan_.inner);

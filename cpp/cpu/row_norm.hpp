@@ -353,8 +353,7 @@ struct Gradients {
 template <int N, class T, class V, bool kWeight, bool kParameters>
 LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, char* const* dx, std::int64_t length,
                                    const typename V::Scalar* weight, const GradientConstants<typename V::Scalar>* c,
-                                   typename V::Scalar* sum_dweight, typename V::Scalar* sum_dbias,
-                                   const char* const* ahead_x, const char* const* ahead_dy, bool stream) {
+                                   typename V::Scalar* sum_dweight, typename V::Scalar* sum_dbias, bool stream) {
   using S = typename V::Scalar;
   constexpr std::int64_t kBytes = sizeof(T);
   static_assert(N == 1 || N == 4);
@@ -372,10 +371,6 @@ LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, 
     }
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (ahead_x != nullptr) {
-        __builtin_prefetch(ahead_x[r] + i * kBytes, 0, 2);
-        __builtin_prefetch(ahead_dy[r] + i * kBytes, 0, 2);
-      }
       write<T>(input_gradient(g[r], w, xhat[r], k[r].minus_mean_g, k[r].minus_mean_gx, k[r].factor), dx[r] + i * kBytes,
                part, stream);
     }
@@ -401,15 +396,12 @@ template <class T, class V, class D>
   S* sum_dweight = static_cast<S*>(a.sum_dweight);
   S* sum_dbias = static_cast<S*>(a.sum_dbias);
   const bool parameters = sum_dweight != nullptr;
-  const bool ahead = a.prefetch && first + a.ahead + rows <= a.rows;
   for (std::int64_t r = 0; r < rows; ++r) stream = stream && reinterpret_cast<std::uintptr_t>(dx[r]) % 64 == 0;
   const auto block = [&](auto n, std::int64_t r) LANENORM_LAMBDA_INLINE {
     constexpr int N = decltype(n)::value;
-    const char* const* ahead_x = ahead ? x + r + a.ahead : nullptr;
-    const char* const* ahead_dy = ahead ? dy + r + a.ahead : nullptr;
     const auto rows_of = [&](auto weighted, auto with_parameters) LANENORM_LAMBDA_INLINE {
       gradient_rows<N, T, V, decltype(weighted)::value != 0, decltype(with_parameters)::value != 0>(
-          x + r, dy + r, dx + r, a.length, w, constants + r, sum_dweight, sum_dbias, ahead_x, ahead_dy, stream);
+          x + r, dy + r, dx + r, a.length, w, constants + r, sum_dweight, sum_dbias, stream);
     };
     if (parameters && w != nullptr) {
       rows_of(Count<1>{}, Count<1>{});
@@ -516,8 +508,6 @@ void row_backward(const RowBackward& a) {
   block.rows = a.rows;
   block.length = a.length;
   block.stream = a.stream;
-  block.prefetch = a.prefetch;
-  block.ahead = group;
   if (!a.per_row) {  // else weight is in the constants, and the sums over rows are not wanted
     block.weight = a.weight;
     block.sum_dweight = a.sum_dweight;
