@@ -66,7 +66,7 @@ LANENORM_INLINE bool finite(double v) { return v - v == 0.0; }
 
 template <class C>
 LANENORM_INLINE bool out_of_range(double variance, double eps) {
-  return !finite(variance) || !(variance + eps >= kSmallestVariance<C>);
+  return !finite(variance) | !(variance + eps >= kSmallestVariance<C>);
 }
 
 // The scale to redo an out-of-range statistic with. float32 data are redone in double, which needs none; float64 data

@@ -239,13 +239,14 @@ class ColumnDriver {
     std::memcpy(rstd, c->rstd, static_cast<std::size_t>(t.statistics) * sizeof(C));
     const double* m2 = folded + 3 * padded(t.statistics);
     if (p_.exact != nullptr) keep_exact(t, folded);
-    for (const bool finite_m2 : {true, false}) {  // float64: one scale for the tiny, one for the huge
-      bool any = false;
-      for (std::int64_t s = 0; s < t.statistics; ++s) {
-        any = any || (out_of_range<C>(m2[s] / count, p_.args.eps) && finite(m2[s]) == finite_m2);
-      }
-      if (any) redo(t, m2, finite_m2, c, mean, rstd);
+    bool tiny = false, huge = false;  // float64 has a scale for each
+    for (std::int64_t s = 0; s < t.statistics; ++s) {
+      const bool out = out_of_range<C>(m2[s] / count, p_.args.eps), is_finite = finite(m2[s]);
+      tiny |= out & is_finite;
+      huge |= out & !is_finite;
     }
+    if (tiny) redo(t, m2, true, c, mean, rstd);
+    if (huge) redo(t, m2, false, c, mean, rstd);
     spread(t.columns, c->mean);
     spread(t.columns, c->rstd);
     spread(t.columns, c->rstd_low);
