@@ -193,23 +193,25 @@ if __name__ == "__main__":
     run_python(code, PYTHONWARNINGS="ignore::DeprecationWarning")
 
 
-def test_interpreter_ends_while_threads_are_parked_or_working(run_python):
-    """No hang and no crash at exit, with a daemon thread in the middle of a call."""
+@pytest.mark.parametrize(("rows", "callers"), [(64, 6), (4000, 1), (40000, 2)])
+def test_interpreter_ends_while_threads_are_parked_or_working(run_python, rows, callers):
+    """No hang and no crash at exit, with daemon threads in the middle of a call, or asking for Ctrl-C in a long one."""
     code = """
-import threading
+import sys, threading
 import numpy as np, lanenorm
 lanenorm.set_num_threads(4)
-x = np.ones((4000, 1024), np.float32)
+x = np.ones((int(sys.argv[1]), 1024), np.float32)
 lanenorm.layer_norm(x)
 started = threading.Event()
 def run():
     while True:
         lanenorm.layer_norm(x)
         started.set()
-threading.Thread(target=run, daemon=True).start()
+for _ in range(int(sys.argv[2])):
+    threading.Thread(target=run, daemon=True).start()
 started.wait()
 """
-    run_python(code)
+    run_python(code, str(rows), str(callers))
 
 
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cxxabi.h>
-
 #include <atomic>
 #include <chrono>
 #include <exception>
@@ -146,19 +144,17 @@ inline double number_of(const char* operation, const char* name, const py::handl
 // Releasing and taking the GIL costs 60 ns; below this many elements (about 5 us of work) it is kept.
 inline constexpr std::int64_t kKeepGil = 16384;
 
-inline bool interpreter_is_ending() {
-#if PY_VERSION_HEX >= 0x030D0000
-  return Py_IsFinalizing();
-#else
-  return _Py_IsFinalizing();
-#endif
-}
-
-// A daemon thread that comes back while the interpreter ends may not have the GIL: before Python 3.14 it would be
-// unwound in the middle of C++. It sleeps until the process is gone, as Python 3.14 makes it do.
-inline void take_gil(PyThreadState* thread) {
-  while (interpreter_is_ending()) std::this_thread::sleep_for(std::chrono::hours(1));
-  PyEval_RestoreThread(thread);
+// take() is to get the GIL. Before Python 3.14 a daemon thread that asks for it while the interpreter ends is unwound
+// where it stands, through C++ that other threads may still work for. It sleeps here until the process is gone, as
+// Python 3.14 makes it do. (Nothing else is ever caught here: that unwinding stops for catch (...), but for good only
+// if the handler never ends.)
+template <class Take>
+auto take_gil(Take&& take) {
+  try {
+    return take();
+  } catch (...) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
 }
 
 // Not pybind11's gil_scoped_release: its destructor ends the process where that unwinding passes.
@@ -172,12 +168,10 @@ void run(const lanenorm::Args& args, F&& operation) {
   std::exception_ptr error;
   try {
     operation(args);
-  } catch (abi::__forced_unwind&) {  // the interrupt hook met an interpreter that ends: the thread is being unwound
-    throw;
   } catch (...) {
     error = std::current_exception();
   }
-  take_gil(thread);
+  take_gil([thread] { PyEval_RestoreThread(thread); });
   if (error) std::rethrow_exception(error);
 }
 

@@ -94,7 +94,7 @@ struct Cpu {
 
 // Ctrl-C: called about every 50 ms by a thread that waits in a kernel.
 bool interrupted() {
-  const PyGILState_STATE state = PyGILState_Ensure();
+  const PyGILState_STATE state = take_gil([] { return PyGILState_Ensure(); });
   const bool stop = PyErr_CheckSignals() != 0;
   PyGILState_Release(state);
   return stop;
