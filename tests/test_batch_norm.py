@@ -311,6 +311,33 @@ def test_batch_norm_bad_value_spoils_its_own_channel_only(rng, isa, dtype, bad, 
     assert np.array_equal(dx[others], clean_dx[others])
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize("shape", [(30, 20), (4, 20, 3, 3), (4, 20, 7, 7), (3, 20, 20, 20)], ids=str)
+def test_batch_norm_of_weights_near_the_ends_of_the_range(rng, isa, dtype, shape):
+    """rstd * weight would over- or underflow; the other channels must not change by one bit for it."""
+    large, small = (1e37, 1e-36) if dtype == np.float32 else (1e305, 1e-303)
+    x = normal(rng, shape, dtype, offset=3.0)
+    weight, bias = parameters(rng, 20, dtype)
+    mean, var = normal(rng, 20, dtype), rng.uniform(0.5, 2, 20).astype(dtype)
+    extreme = weight.copy()
+    extreme[[3, 7, 11, 19]] = large, small, 0, -large
+    for y, ordinary, exact in (
+        (
+            lanenorm.batch_norm_forward(x, extreme, bias).y,
+            lanenorm.batch_norm_forward(x, weight, bias).y,
+            reference.batch_norm_forward(x, extreme, bias),
+        ),
+        (
+            lanenorm.batch_norm(x, mean, var, extreme, bias),
+            lanenorm.batch_norm(x, mean, var, weight, bias),
+            reference.batch_norm(x, mean, var, extreme, bias),
+        ),
+    ):
+        check_y(y, exact, *(reference.spread(p, (1,), x.ndim) for p in (extreme, bias)))
+        others = np.setdiff1d(np.arange(20), [3, 7, 11, 19])
+        assert np.array_equal(y[:, others], ordinary[:, others])
+
+
 # ---- Inference ------------------------------------------------------------------------------------------------------
 
 

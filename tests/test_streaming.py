@@ -71,7 +71,7 @@ def test_layer_norm_large_outputs_have_the_same_bits_everywhere(isa, n, dtype):
     check_places(lambda out: lanenorm.layer_norm_backward(dy, x, mean, rstd, w, out=out).dx, x, backward_in_place)
 
 
-@pytest.mark.parametrize("inner", [(3, 700, 701), (40, 28, 28), (64, 7, 7), (30, 7, 7), (256,), (37,)], ids=str)
+@pytest.mark.parametrize("inner", [(3, 700, 701), (40, 28, 28), (64, 7, 7), (30, 7, 7), (90, 2, 3), (256,)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_batch_norm_large_outputs_have_the_same_bits_everywhere(isa, inner, channels_last):
     if isa == "portable" and inner != (30, 7, 7):

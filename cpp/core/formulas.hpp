@@ -34,6 +34,36 @@ LANENORM_INLINE V normalize(V x, V mean, V rstd, V rstd_low, V shift) {
   return fma(d, rstd, shift);
 }
 
+// The weight of a statistic folded into its constants, in double before they are rounded:
+//
+//   y = ((x - mean) * factor + shift) + bias,  factor = rstd * weight,  shift = shift * weight
+//
+// x - mean keeps its digits, a constant slice gives bias, and bias costs one rounding as it always does. (With shift in
+// bias it would cost two: 0.9 u where weight is small beside bias and 0.8 u are promised.)
+template <class D>
+struct FoldedWeight {
+  D factor, shift;
+};
+
+template <class D>
+LANENORM_INLINE FoldedWeight<D> fold_weight(D rstd, D rstd_low, D shift, D weight) {
+  return {(rstd + rstd_low) * weight, shift * weight};
+}
+
+// Whether the factor may stand for rstd and weight: it must not come near the ends of C's range. (NaN may not.)
+template <class C>
+LANENORM_INLINE bool foldable(C factor, C weight) {
+  constexpr C kLargest = sizeof(C) == 4 ? C(0x1p+100) : static_cast<C>(0x1p+1000);
+  const C magnitude = factor < C(0) ? -factor : factor;
+  return ((magnitude >= 1 / kLargest) & (magnitude <= kLargest)) | (weight == C(0));
+}
+
+// Where it may not, with x scaled first. Weight 1 gives the bits of the folded formula.
+template <class V>
+LANENORM_INLINE V normalize_affine(V x, V scale, V mean, V rstd, V shift, V weight, V bias) {
+  return fma(fma(x * scale - mean, rstd, shift), weight, bias);
+}
+
 // xhat of a backward, which has rstd as it was saved.
 template <class V>
 LANENORM_INLINE V normalize(V x, V mean, V rstd, V shift) {

@@ -58,18 +58,20 @@ class ColumnDriver {
     }
   }
 
+  // A column is a statistic (small planes are the row driver's).
   void inference() const {
+    const auto array = [](const void* p, std::int64_t first) {
+      return p == nullptr ? nullptr : static_cast<C*>(const_cast<void*>(p)) + first;
+    };
     parallel_for(plan_.outer * tiles_ * segments_, p_.bytes(2), [&](std::int64_t piece) {
       const Tile t = tile(piece / segments_);
-      Constants constants(t.columns, Slot::constants);
-      const C* mean = static_cast<const C*>(p_.mean) + t.statistic;
-      const C* rstd = static_cast<const C*>(p_.rstd) + t.statistic;
-      expand(mean, t.columns, constants.mean);
-      expand(rstd, t.columns, constants.rstd);
-      expand(static_cast<const C*>(p_.rstd_low) + t.statistic, t.columns, constants.rstd_low);
-      std::fill_n(constants.shift, t.columns, -C(0));
-      expand_affine(t, &constants);
-      apply(t, piece % segments_, constants);
+      Constants c(1, Slot::constants);
+      c.mean = array(p_.mean, t.statistic);
+      c.rstd = array(p_.rstd, t.statistic);
+      c.shift = c.scale = nullptr;
+      c.weight = array(p_.weight, t.statistic);
+      c.bias = array(p_.bias, t.statistic);
+      apply(t, piece % segments_, c);
     });
   }
 
@@ -134,21 +136,27 @@ class ColumnDriver {
     Constants(std::int64_t columns, Slot slot) {
       Buffer& buffer = thread_buffer(slot);
       const std::int64_t pitch = padded(columns);
-      buffer.reserve(7 * pitch * static_cast<std::int64_t>(sizeof(C)));
-      mean = buffer.template as<C>();
-      rstd = mean + pitch;
-      rstd_low = rstd + pitch;
-      shift = rstd_low + pitch;
-      scale_buffer = shift + pitch;
-      weight_buffer = scale_buffer + pitch;
-      bias_buffer = weight_buffer + pitch;
+      buffer.reserve(kArrays * pitch * static_cast<std::int64_t>(sizeof(C)));
+      bind(buffer.template as<C>(), pitch);
     }
-    C *mean, *rstd, *rstd_low, *shift;
-    C *scale_buffer, *weight_buffer, *bias_buffer;
-    const C* scale = nullptr;  // all 1
-    const C* weight = nullptr;
-    const C* bias = nullptr;
+    void bind(C* base, std::int64_t pitch) {
+      mean = base;
+      rstd = base + pitch;
+      shift = base + 2 * pitch;
+      rstd_low = base + 3 * pitch;
+      scale = base + 4 * pitch;
+      weight = base + 5 * pitch;
+      bias = base + 6 * pitch;
+    }
+    static constexpr int kArrays = 7;
+    C *mean, *rstd, *shift, *rstd_low, *scale, *weight, *bias;
+    bool scaled = false;   // scale is not 1 everywhere
+    bool general = false;  // column_apply is to use scale, and for BN weight
   };
+
+  static void copy(const C* values, std::int64_t count, C* out) {
+    std::memcpy(out, values, static_cast<std::size_t>(count) * sizeof(C));
+  }
 
   // values[statistics] -> out[columns]
   void expand(const C* values, std::int64_t columns, C* out) const {
@@ -168,21 +176,53 @@ class ColumnDriver {
     }
   }
 
-  // weight and bias per column (BN); 1 and -0 where there are none.
-  void expand_affine(const Tile& t, Constants* c) const {
-    if (plan_.affine == Affine::per_element) return;
-    const auto one = [&](const void* parameters, C none, C* buffer) -> const C* {
-      if (parameters == nullptr) {
-        std::fill_n(buffer, t.columns, none);
-        return buffer;
+  // From one value a statistic to one a column; BN's weight is folded in where it may be.
+  void spread_constants(const Tile& t, Constants* c) const {
+    if (plan_.affine == Affine::per_statistic) {
+      fold_weights(t, c);
+      spread(t.columns, c->bias);
+    } else {
+      c->general = c->scaled;
+      spread(t.columns, c->rstd_low);
+    }
+    spread(t.columns, c->mean);
+    spread(t.columns, c->rstd);
+    spread(t.columns, c->shift);
+    if (c->general) spread(t.columns, c->scale);
+  }
+
+  void fold_weights(const Tile& t, Constants* c) const {
+    const auto of_tile = [&](const void* p) { return p == nullptr ? nullptr : static_cast<const C*>(p) + t.statistic; };
+    const C* weight = of_tile(p_.weight);
+    const C* bias = of_tile(p_.bias);
+    // Into the arrays of weight and bias: rstd and shift are still needed where a weight may not be folded.
+    C *factor = c->weight, *shift = c->bias;
+    p_.kernels.column_weight({t.statistics, c->rstd, c->rstd_low, c->shift, weight, factor, shift});
+    bool all = !c->scaled;
+    for (std::int64_t s = 0; s < t.statistics; ++s) all &= foldable(factor[s], weight == nullptr ? C(1) : weight[s]);
+    if (all) {
+      std::swap(c->rstd, c->weight);
+      std::swap(c->shift, c->bias);
+    } else {
+      c->general = true;
+      if (!c->scaled) std::fill_n(c->scale, t.statistics, C(1));
+      for (std::int64_t s = 0; s < t.statistics; ++s) {
+        const C w = weight == nullptr ? C(1) : weight[s];
+        if (c->scale[s] != C(1) || !foldable(factor[s], w)) {
+          c->weight[s] = w;
+        } else {
+          c->rstd[s] = factor[s];
+          c->shift[s] = shift[s];
+          c->weight[s] = C(1);
+        }
       }
-      const C* values = static_cast<const C*>(parameters) + t.statistic;
-      if (fold_ == 1) return values;
-      expand(values, t.columns, buffer);
-      return buffer;
-    };
-    c->weight = one(p_.weight, C(1), c->weight_buffer);
-    c->bias = one(p_.bias, -C(0), c->bias_buffer);
+      spread(t.columns, c->weight);
+    }
+    if (bias == nullptr) {
+      std::fill_n(c->bias, t.statistics, -C(0));
+    } else {
+      copy(bias, t.statistics, c->bias);
+    }
   }
 
   // weight or bias of the rows of a segment (LN), or `none`.
@@ -247,12 +287,7 @@ class ColumnDriver {
     }
     if (tiny) redo(t, m2, true, c, mean, rstd);
     if (huge) redo(t, m2, false, c, mean, rstd);
-    spread(t.columns, c->mean);
-    spread(t.columns, c->rstd);
-    spread(t.columns, c->rstd_low);
-    spread(t.columns, c->shift);
-    if (c->scale != nullptr) spread(t.columns, c->scale_buffer);
-    expand_affine(t, c);
+    spread_constants(t, c);
   }
 
   // Mean and variance before rounding.
@@ -286,10 +321,8 @@ class ColumnDriver {
     for (std::int64_t s = 0; s < segments_; ++s) tile_moments(t, s, wide.as<double>() + s * stride, true, scale);
     const double* folded = join(t, wide.as<double>(), stride);
     const std::int64_t pitch = padded(t.statistics);
-    if (c->scale == nullptr) {
-      std::fill_n(c->scale_buffer, padded(t.columns), C(1));
-      c->scale = c->scale_buffer;
-    }
+    if (!c->scaled) std::fill_n(c->scale, t.statistics, C(1));
+    c->scaled = true;
     for (std::int64_t s = 0; s < t.statistics; ++s) {
       if (!out_of_range<C>(old_m2[s] / count, p_.args.eps) || finite(old_m2[s]) != finite_m2) continue;
       const Moments<double> m{folded[s], folded[pitch + s], folded[2 * pitch + s], folded[3 * pitch + s]};
@@ -301,7 +334,7 @@ class ColumnDriver {
       c->rstd[s] = result.normalizer.rstd;
       c->rstd_low[s] = result.normalizer.rstd_low;
       c->shift[s] = result.normalizer.shift;
-      c->scale_buffer[s] = result.normalizer.scale;
+      c->scale[s] = result.normalizer.scale;
     }
     std::memcpy(const_cast<double*>(m2), old_m2, static_cast<std::size_t>(t.statistics) * 8);
   }
@@ -318,9 +351,9 @@ class ColumnDriver {
     a.columns = t.columns;
     a.mean = c.mean;
     a.rstd = c.rstd;
-    a.rstd_low = c.rstd_low;
     a.shift = c.shift;
-    a.scale = c.scale;
+    a.rstd_low = c.rstd_low;
+    a.scale = c.general ? c.scale : nullptr;
     a.per_row = plan_.affine == Affine::per_element;
     a.weight = a.per_row ? of_rows(p_.weight, C(1), s) : c.weight;
     a.bias = a.per_row ? of_rows(p_.bias, -C(0), s) : c.bias;
@@ -339,32 +372,31 @@ class ColumnDriver {
     });
     // Constants of all tiles stay until apply.
     const std::int64_t pitch = padded(tile_);
-    constexpr int kConstants = 7;
-    Buffer kept(tiles * kConstants * pitch * static_cast<std::int64_t>(sizeof(C)));
-    Buffer scaled(tiles);
+    Buffer kept(tiles * Constants::kArrays * pitch * static_cast<std::int64_t>(sizeof(C)));
+    Buffer general(tiles);
     parallel_for(tiles, tiles * segments_ * stride * 8, [&](std::int64_t piece) {
       const Tile t = tile(piece);
       Constants c(t.columns, Slot::constants);
       finish_tile(t, moments + piece * segments_ * stride, stride, &c);
-      C* to = kept.as<C>() + piece * kConstants * pitch;
-      const C* from[kConstants] = {c.mean, c.rstd, c.rstd_low, c.shift, c.scale, c.weight, c.bias};
-      for (int i = 0; i < kConstants; ++i) {
-        if (from[i] != nullptr) std::memcpy(to + i * pitch, from[i], static_cast<std::size_t>(t.columns) * sizeof(C));
+      Constants to(1, Slot::constants);
+      to.bind(kept.as<C>() + piece * Constants::kArrays * pitch, pitch);
+      copy(c.mean, t.columns, to.mean);
+      copy(c.rstd, t.columns, to.rstd);
+      copy(c.shift, t.columns, to.shift);
+      copy(c.rstd_low, t.columns, to.rstd_low);
+      copy(c.bias, t.columns, to.bias);
+      if (c.general) {
+        copy(c.scale, t.columns, to.scale);
+        copy(c.weight, t.columns, to.weight);
       }
-      scaled.data()[piece] = c.scale != nullptr;
+      general.data()[piece] = c.general;
     });
     // Backwards: what was read last may still be in the cache.
     parallel_for(tiles * segments_, p_.bytes(2), [&](std::int64_t backwards) {
       const std::int64_t piece = tiles * segments_ - 1 - backwards, index = piece / segments_;
       Constants c(1, Slot::constants);
-      C* from = kept.as<C>() + index * kConstants * pitch;
-      c.mean = from;
-      c.rstd = from + pitch;
-      c.rstd_low = from + 2 * pitch;
-      c.shift = from + 3 * pitch;
-      c.scale = scaled.data()[index] ? from + 4 * pitch : nullptr;
-      c.weight = from + 5 * pitch;
-      c.bias = from + 6 * pitch;
+      c.bind(kept.as<C>() + index * Constants::kArrays * pitch, pitch);
+      c.general = general.data()[index];
       apply(tile(index), piece % segments_, c);
     });
   }

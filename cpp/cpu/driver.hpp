@@ -25,11 +25,10 @@ struct Problem {
   const Args& args;
   const Plan& plan;
   const KernelTable& kernels;
-  const void* weight;  // C, or null
-  const void* bias;    // C, or null
-  void* mean;          // (statistics) C: written by a forward, read by the others
-  void* rstd;
-  const void* rstd_low;   // C, inference only: what rounding took from rstd
+  const void* weight;     // C, or null
+  const void* bias;       // C, or null (not in an inference)
+  void* mean;             // (statistics) C: written by a forward, read by the others
+  void* rstd;             // likewise; inference: PlanesApply's factor
   ExactStatistic* exact;  // (statistics) for running statistics, or null
   double* dweight;        // zeros on entry, or null
   double* dbias;
@@ -56,7 +55,7 @@ inline bool Problem::stream() const {
 template <class C>
 void rows_forward(const Problem& problem);
 template <class C>
-void rows_inference(const Problem& problem);
+void planes_inference(const Problem& problem);
 template <class C>
 void rows_backward(const Problem& problem);
 template <class C>

@@ -46,15 +46,14 @@ struct RowMoments {
   double scale;  // x is multiplied by it (redo only)
 };
 
-// Normalization of one piece of one statistic, or of a row of its own statistic per run.
+// Normalization of one piece of one statistic.
 struct RowApply {
   const void* const* x;
   void* const* y;
   std::int64_t runs, length;
-  const void* normalizer;  // Normalizer<C>; with per_run (runs)
-  bool per_run;
-  const void* weight;  // per element: (runs, length) C; per statistic: one C, with per_run (runs) C; or null
-  const void* bias;    // likewise
+  const void* normalizer;  // Normalizer<C>
+  const void* weight;      // per element: (runs, length) C; per statistic: one C; or null
+  const void* bias;        // likewise
   bool per_element;
   bool stream;               // write y past the caches
   const void* const* ahead;  // (runs) lines of x to fetch meanwhile, or null
@@ -141,15 +140,49 @@ struct ColumnFinish {
   void *mean, *rstd, *rstd_low, *shift;  // (padded(columns)) C
 };
 
+// fold_weight() of formulas.hpp for the statistics of a tile.
+struct ColumnWeight {
+  std::int64_t statistics;
+  const void *rstd, *rstd_low, *shift;  // (padded(statistics)) C
+  const void* weight;                   // (statistics) C, or null
+  void *factor, *folded_shift;          // (padded(statistics)) C; may be rstd and shift
+};
+
+// BN: y = ((x - mean) * rstd + shift) + bias, rstd and shift with the weight folded in; with scale normalize_affine()
+//     of formulas.hpp. Inference, without shift: y = (x - mean) * rstd + bias; with weight as PlanesApply says.
+// LN (per_row): y = normalize(x, mean, rstd, rstd_low, shift) * weight + bias; with scale of x * scale.
 struct ColumnApply {
   const void* const* x;
   void* const* y;
   std::int64_t rows, columns;
-  const void *mean, *rstd, *rstd_low, *shift;  // (columns) C
-  const void* scale;                           // (columns) C, or null: all 1
-  const void *weight, *bias;  // (columns) C, or with per_row (rows) C; never null (1 and -0 change no bit)
+  const void *mean, *rstd;  // (columns) C
+  const void* shift;        // (columns) C; BN: or null, 0
+  const void* rstd_low;     // (columns) C: LN
+  const void* scale;        // (columns) C, or null: all 1
+  const void* weight;       // LN: (rows) C; BN: (columns) C, with scale; inference: or null
+  const void* bias;         // LN: (rows) C; BN: (columns) C
   bool per_row;
   bool stream;  // write y past the caches, where rows start on cache lines
+};
+
+// rstd = 1 / sqrt(variance + eps) and factor = rstd * weight.
+struct InferenceConstants {
+  std::int64_t channels;
+  double eps;
+  const void* variance;  // (channels) C
+  const void* weight;    // (channels) C, or null
+  void *rstd, *factor;   // (channels) C
+};
+
+// BN inference of adjacent planes: y = (x - mean) * factor + bias; with weight y = (x - mean) * factor * weight + bias,
+// where factor 1 changes no bit.
+struct PlanesApply {
+  const void* x;  // (planes, length) T
+  void* y;        // (planes, length) T
+  std::int64_t planes, length;
+  const void *mean, *factor, *bias;  // (planes) C
+  const void* weight;                // (planes) C, or null
+  bool stream;                       // write y past the caches
 };
 
 struct ColumnSums {
@@ -188,7 +221,10 @@ struct KernelTable {
   void (*column_merge)(const ColumnMerge&);
   void (*column_fold)(const ColumnFold&);
   void (*column_finish)(const ColumnFinish&);
+  void (*column_weight)(const ColumnWeight&);
   void (*column_apply)(const ColumnApply&);
+  void (*inference_constants)(const InferenceConstants&);
+  void (*planes_apply)(const PlanesApply&);
   void (*column_sums)(const ColumnSums&);
   void (*column_gradient)(const ColumnGradient&);
   void (*widen)(const void* values, std::int64_t count, void* out);   // T -> C

@@ -192,7 +192,7 @@ template <class D>
 class Stage {
  public:
   LANENORM_INLINE Stage(bool stream, std::int64_t row_bytes)
-      : active_(stream && row_bytes % 64 != 0 && 8 * row_bytes <= kBytes), row_bytes_(row_bytes) {}
+      : active_(stream && row_bytes % 64 != 0 && 2 * row_bytes <= kBytes), row_bytes_(row_bytes) {}
   LANENORM_INLINE ~Stage() {
     flush();
     if (active_) fence();
@@ -200,12 +200,13 @@ class Stage {
   Stage(const Stage&) = delete;
   Stage& operator=(const Stage&) = delete;
 
-  LANENORM_INLINE bool active() const { return active_; }
+  // How many rows lines() takes at once, at most 8.
+  LANENORM_INLINE std::int64_t group() const { return active_ && 8 * row_bytes_ > kBytes ? kBytes / row_bytes_ : 8; }
 
   // Where to write the rows y[0..rows), at most 8: there, or here. table: (8)
   LANENORM_INLINE char* const* lines(void* const* y, int rows, char** table) {
     char* const* direct = reinterpret_cast<char* const*>(y);
-    if (!active_) return direct;
+    if (!active_ || rows * row_bytes_ > kBytes) return direct;
     for (int r = 0; r + 1 < rows; ++r) {
       if (direct[r + 1] - direct[r] != row_bytes_) return direct;
     }
@@ -218,7 +219,7 @@ class Stage {
   }
 
  private:
-  static constexpr std::int64_t kBytes = 8192;
+  static constexpr std::int64_t kBytes = 16384;
 
   LANENORM_INLINE void flush() {
     if (filled_ == 0) return;

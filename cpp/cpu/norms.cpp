@@ -1,6 +1,7 @@
 // From Args to a driver and back: small arrays into compute type and Plan order, empty inputs, running statistics.
 #include "cpu/norms.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -168,9 +169,8 @@ void norm_forward(const Args& args) {
   ExactStatistic* exact = running ? buffer.as<ExactStatistic>() : nullptr;
   const Problem problem{args,          args.plan,   kernels(args.dtype),
                         weight.data(), bias.data(), mean.data(),
-                        rstd.data(),   nullptr,     exact,
-                        nullptr,       nullptr,     nullptr,
-                        nullptr};
+                        rstd.data(),   exact,       nullptr,
+                        nullptr,       nullptr,     nullptr};
   with_compute(args.dtype, [&](auto c) {
     using C = decltype(c);
     forward<C>(problem);
@@ -200,7 +200,6 @@ void norm_backward(const Args& args) {
                         nullptr,
                         const_cast<void*>(mean.data()),
                         const_cast<void*>(rstd.data()),
-                        nullptr,
                         nullptr,
                         dweight.totals(),
                         dbias.totals(),
@@ -234,20 +233,33 @@ void batch_norm_inference(const Args& args) {
   const std::int64_t channels = args.plan.statistics;
   with_compute(args.dtype, [&](auto c) {
     using C = decltype(c);
-    const Buffer buffer(2 * channels * static_cast<std::int64_t>(sizeof(C)));
-    C* rstd = buffer.as<C>();
-    C* rstd_low = rstd + channels;
-    for (std::int64_t i = 0; i < channels; ++i) {
-      const double exact = 1.0 / std::sqrt(static_cast<double>(static_cast<const C*>(variance.data())[i]) + args.eps);
-      rstd[i] = static_cast<C>(exact);
-      rstd_low[i] = static_cast<C>(exact - static_cast<double>(rstd[i]));
+    const Buffer buffer(4 * channels * static_cast<std::int64_t>(sizeof(C)));
+    C *rstd = buffer.as<C>(), *factor = rstd + channels, *weights = factor + channels, *zeros = weights + channels;
+    kernels(args.dtype).inference_constants({channels, args.eps, variance.data(), weight.data(), rstd, factor});
+    const C* given = static_cast<const C*>(weight.data());
+    const auto may_fold = [&](std::int64_t i) { return foldable(factor[i], given == nullptr ? C(1) : given[i]); };
+    bool all = true;
+    for (std::int64_t i = 0; i < channels; ++i) all &= may_fold(i);
+    if (!all) {
+      for (std::int64_t i = 0; i < channels; ++i) {
+        weights[i] = may_fold(i) ? factor[i] : given == nullptr ? C(1) : given[i];
+        factor[i] = may_fold(i) ? C(1) : rstd[i];
+      }
     }
-    const Problem problem{args,          args.plan,   kernels(args.dtype),
-                          weight.data(), bias.data(), const_cast<void*>(mean.data()),
-                          rstd,          rstd_low,    nullptr,
-                          nullptr,       nullptr,     nullptr,
+    if (bias.data() == nullptr) std::fill_n(zeros, channels, -C(0));
+    const Problem problem{args,
+                          args.plan,
+                          kernels(args.dtype),
+                          all ? nullptr : weights,
+                          bias.data() == nullptr ? zeros : bias.data(),
+                          const_cast<void*>(mean.data()),
+                          factor,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr,
                           nullptr};
-    args.plan.work == Work::rows ? rows_inference<C>(problem) : columns_inference<C>(problem);
+    args.plan.work == Work::rows || args.plan.fold > 1 ? planes_inference<C>(problem) : columns_inference<C>(problem);
   });
 }
 

@@ -67,39 +67,37 @@ class RowDriver {
     }
   }
 
-  // In the order of memory: plane after plane of an image, each with the constants of its channel.
+  // Planes of neighbouring channels, in the order of memory. A line is a plane, or (Work::columns) all planes of an
+  // image.
   void inference() const {
-    const C* mean = static_cast<const C*>(p_.mean);
-    const C* rstd = static_cast<const C*>(p_.rstd);
-    const C* rstd_low = static_cast<const C*>(p_.rstd_low);
-    const std::int64_t images = plan_.lines_per_statistic, parts = segments_.per_run();
-    const std::int64_t group = larger(1, row_piece() / plan_.inner), groups = ceil_div(plan_.statistics, group);
+    const bool joined = plan_.work == Work::columns;
+    const std::int64_t images = plan_.lines_per_statistic, channels = plan_.statistics;
+    const std::int64_t length = joined ? plan_.fold : plan_.inner;
+    const std::int64_t group = larger(1, smaller(channels, row_piece() / length)), groups = ceil_div(channels, group);
+    const std::int64_t part = smaller(length, row_piece()), parts = ceil_div(length, part);  // of a long plane
     parallel_for(images * groups * parts, p_.bytes(2), [&](std::int64_t piece) {
-      const Segment segment = segments_[piece % parts];  // of a run
       const std::int64_t image = piece / parts / groups, first = piece / parts % groups * group;
-      const std::int64_t stop = smaller(plan_.statistics, first + group);
+      const std::int64_t stop = smaller(channels, first + group);
+      const std::int64_t start = piece % parts * part, size = smaller(part, length - start);
       constexpr std::int64_t kStep = 64;
-      for (std::int64_t s = first; s < stop; s += kStep) {
-        Normalizer<C> normalizer[kStep];
-        const std::int64_t count = smaller(kStep, stop - s), line = s * images + image;
-        for (std::int64_t i = 0; i < count; ++i)
-          normalizer[i] = {mean[s + i], rstd[s + i], rstd_low[s + i], -C(0), C(1)};
-        InputLines x = x_lines();
-        OutputLines y = y_lines();
-        RowApply a;
-        a.x = x.get(line, images, count, segment.first_element, segment.length);
-        a.y = y.get(line, images, count, segment.first_element, segment.length);
-        a.runs = count;
-        a.length = segment.length;
-        a.normalizer = normalizer;
-        a.per_run = true;
-        a.weight = at(p_.weight, s);
-        a.bias = at(p_.bias, s);
-        a.per_element = false;
-        a.stream = stream_;
-        a.ahead = nullptr;
-        p_.kernels.row_apply(a);
-        y.finish();
+      for (std::int64_t c = first; c < stop;) {
+        const std::int64_t count = joined ? stop - c : smaller(kStep, stop - c);
+        InputLines x_lines_of = x_lines();
+        OutputLines y_lines_of = y_lines();
+        if (joined) {
+          const void* const* x = x_lines_of.get(image, 1, 1, c * length, count * length);
+          apply_planes(x[0], y_lines_of.get(image, 1, 1, c * length, count * length)[0], c, count, length);
+        } else {
+          const std::int64_t line = c * images + image;
+          const void* const* x = x_lines_of.get(line, images, count, start, size);
+          void* const* y = y_lines_of.get(line, images, count, start, size);
+          for (std::int64_t i = 0, next; i < count; i = next) {  // as many as are adjacent in both
+            for (next = i + 1; next < count && follows(x, next, size) && follows(y, next, size);) ++next;
+            apply_planes(x[i], y[i], c + i, next - i, size);
+          }
+        }
+        y_lines_of.finish();
+        c += count;
       }
     });
   }
@@ -228,6 +226,26 @@ class RowDriver {
     return parameters == nullptr ? nullptr : static_cast<const C*>(parameters) + index;
   }
 
+  // Whether line i begins where the one before it ends.
+  template <class P>
+  bool follows(P* const* lines, std::int64_t i, std::int64_t length) const {
+    return static_cast<const char*>(lines[i]) - static_cast<const char*>(lines[i - 1]) == length * size(p_.args.dtype);
+  }
+
+  void apply_planes(const void* x, void* y, std::int64_t channel, std::int64_t planes, std::int64_t length) const {
+    PlanesApply a;
+    a.x = x;
+    a.y = y;
+    a.planes = planes;
+    a.length = length;
+    a.mean = at(p_.mean, channel);
+    a.factor = at(p_.rstd, channel);
+    a.bias = at(p_.bias, channel);
+    a.weight = at(p_.weight, channel);
+    a.stream = stream_;
+    p_.kernels.planes_apply(a);
+  }
+
   // next: the statistic whose moments are computed after this one, or s; its x is fetched while y is written.
   void apply(std::int64_t s, std::int64_t i, const Normalizer<C>& normalizer, std::int64_t next) const {
     const Segment segment = segments_[i];
@@ -241,7 +259,6 @@ class RowDriver {
     a.runs = segment.runs;
     a.length = segment.length;
     a.normalizer = &normalizer;
-    a.per_run = false;
     a.weight = at(p_.weight, parameter);
     a.bias = at(p_.bias, parameter);
     a.per_element = per_element;
@@ -528,7 +545,7 @@ void rows_forward(const Problem& problem) {
   RowDriver<C>(problem).forward();
 }
 template <class C>
-void rows_inference(const Problem& problem) {
+void planes_inference(const Problem& problem) {
   RowDriver<C>(problem).inference();
 }
 template <class C>
@@ -538,8 +555,8 @@ void rows_backward(const Problem& problem) {
 
 template void rows_forward<float>(const Problem&);
 template void rows_forward<double>(const Problem&);
-template void rows_inference<float>(const Problem&);
-template void rows_inference<double>(const Problem&);
+template void planes_inference<float>(const Problem&);
+template void planes_inference<double>(const Problem&);
 template void rows_backward<float>(const Problem&);
 template void rows_backward<double>(const Problem&);
 

@@ -53,21 +53,16 @@ struct ElementAffine {
   }
 };
 
-// weight and bias of the statistic; 1 and -0 stand for none and change no bit.
-template <class V>
+// weight and bias of the statistic; 1 and -0 stand for none.
+template <class S>
 struct StatisticAffine {
-  V weight, bias;
-  template <class P>
-  LANENORM_INLINE V operator()(V xhat, std::int64_t, P) const {
-    return fma(xhat, weight, bias);
-  }
+  S weight, bias;
 };
 
-template <class V>
-LANENORM_INLINE StatisticAffine<V> statistic_affine(const void* weight, const void* bias, std::int64_t i) {
-  using S = typename V::Scalar;
-  return {V::broadcast(weight == nullptr ? S(1) : static_cast<const S*>(weight)[i]),
-          V::broadcast(bias == nullptr ? -S(0) : static_cast<const S*>(bias)[i])};
+template <class S>
+LANENORM_INLINE StatisticAffine<S> statistic_affine(const void* weight, const void* bias, std::int64_t i) {
+  return {weight == nullptr ? S(1) : static_cast<const S*>(weight)[i],
+          bias == nullptr ? -S(0) : static_cast<const S*>(bias)[i]};
 }
 
 // How the result is written, and what is read meanwhile.
@@ -76,21 +71,49 @@ struct Traffic {
   const char* ahead;  // the line of x that is needed next, fetched into L2 while this one is written; or null
 };
 
-template <class T, class V, bool kScaled, class A>
-LANENORM_INLINE void apply_line(const char* x, char* y, std::int64_t length, const Normalizer<typename V::Scalar>& n,
-                                const A& affine, Traffic traffic) {
+// y = f(x, element index, Full or Part)
+template <class T, class V, class F>
+LANENORM_INLINE void apply_line(const char* x, char* y, std::int64_t length, Traffic traffic, const F& f) {
   constexpr std::int64_t kBytes = sizeof(T);
-  const V mean = V::broadcast(n.mean), rstd = V::broadcast(n.rstd), rstd_low = V::broadcast(n.rstd_low);
-  const V shift = V::broadcast(n.shift), scale = V::broadcast(n.scale);
-  const auto result = [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
-    V v = load<T, V>(x + i * kBytes, part);
-    if constexpr (kScaled) v = v * scale;
-    return affine(normalize(v, mean, rstd, rstd_low, shift), i, part);
-  };
   write_line<T, V>(y, length, traffic.stream, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
     if (traffic.ahead != nullptr) __builtin_prefetch(traffic.ahead + i * kBytes, 0, 2);
-    return result(i, part);
+    return f(load<T, V>(x + i * kBytes, part), i, part);
   });
+}
+
+template <class T, class V, bool kWeight, bool kBias>
+LANENORM_INLINE void apply_any(const char* x, char* y, std::int64_t length, const Normalizer<typename V::Scalar>& n,
+                               const ElementAffine<V, kWeight, kBias>& affine, Traffic traffic) {
+  const V mean = V::broadcast(n.mean), rstd = V::broadcast(n.rstd), rstd_low = V::broadcast(n.rstd_low);
+  const V shift = V::broadcast(n.shift), scale = V::broadcast(n.scale);
+  if (n.scale == 1) {
+    apply_line<T, V>(x, y, length, traffic, [&](V v, std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+      return affine(normalize(v, mean, rstd, rstd_low, shift), i, part);
+    });
+  } else {
+    apply_line<T, V>(x, y, length, traffic, [&](V v, std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+      return affine(normalize(v * scale, mean, rstd, rstd_low, shift), i, part);
+    });
+  }
+}
+
+template <class T, class V, class S>
+LANENORM_INLINE void apply_any(const char* x, char* y, std::int64_t length, const Normalizer<S>& n,
+                               const StatisticAffine<S>& affine, Traffic traffic) {
+  const FoldedWeight<double> folded = fold_weight<double>(n.rstd, n.rstd_low, n.shift, affine.weight);
+  const V mean = V::broadcast(n.mean), bias = V::broadcast(affine.bias);
+  if (n.scale == 1 && foldable(static_cast<S>(folded.factor), affine.weight)) {
+    const V factor = V::broadcast(static_cast<S>(folded.factor)), shift = V::broadcast(static_cast<S>(folded.shift));
+    apply_line<T, V>(x, y, length, traffic, [&](V v, std::int64_t, auto) LANENORM_LAMBDA_INLINE {
+      return fma(v - mean, factor, shift) + bias;
+    });
+  } else {
+    const V scale = V::broadcast(n.scale), rstd = V::broadcast(n.rstd), shift = V::broadcast(n.shift);
+    const V weight = V::broadcast(affine.weight);
+    apply_line<T, V>(x, y, length, traffic, [&](V v, std::int64_t, auto) LANENORM_LAMBDA_INLINE {
+      return normalize_affine(v, scale, mean, rstd, shift, weight, bias);
+    });
+  }
 }
 
 // f(ElementAffine) for the parameters that are there.
@@ -110,37 +133,27 @@ LANENORM_INLINE void with_affine(const void* weight, const void* bias, F&& f) {
   }
 }
 
-template <class T, class V, class A>
-LANENORM_INLINE void apply_any(const char* x, char* y, std::int64_t length, const Normalizer<typename V::Scalar>& n,
-                               const A& affine, Traffic traffic) {
-  if (n.scale == 1) {
-    apply_line<T, V, false>(x, y, length, n, affine, traffic);
-  } else {
-    apply_line<T, V, true>(x, y, length, n, affine, traffic);
-  }
-}
-
 template <class T, class V, class D>
 void row_apply(const RowApply& a) {
   using S = typename V::Scalar;
-  const Normalizer<S>* normalizer = static_cast<const Normalizer<S>*>(a.normalizer);
+  const Normalizer<S>& normalizer = *static_cast<const Normalizer<S>*>(a.normalizer);
   const auto runs = [&](auto affine_of_run) LANENORM_LAMBDA_INLINE {
     Stage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
-    for (std::int64_t first = 0; first < a.runs; first += 8) {
-      const int rows = static_cast<int>(a.runs - first < 8 ? a.runs - first : 8);
+    const std::int64_t group = stage.group();
+    for (std::int64_t first = 0; first < a.runs; first += group) {
+      const int rows = static_cast<int>(a.runs - first < group ? a.runs - first : group);
       char* table[8];
       char* const* y = stage.lines(a.y + first, rows, table);
       for (int r = 0; r < rows; ++r) {
         const std::int64_t run = first + r;
-        const Normalizer<S>& n = normalizer[a.per_run ? run : 0];
         const Traffic traffic{a.stream && y != table,
                               a.ahead == nullptr ? nullptr : static_cast<const char*>(a.ahead[run])};
-        apply_any<T, V>(static_cast<const char*>(a.x[run]), y[r], a.length, n, affine_of_run(run), traffic);
+        apply_any<T, V>(static_cast<const char*>(a.x[run]), y[r], a.length, normalizer, affine_of_run(run), traffic);
       }
     }
   };
   if (!a.per_element) {
-    runs([&](std::int64_t run) { return statistic_affine<V>(a.weight, a.bias, a.per_run ? run : 0); });
+    runs([&](std::int64_t) { return statistic_affine<S>(a.weight, a.bias, 0); });
   } else {
     with_affine<V>(a.weight, a.bias, [&](auto affine) LANENORM_LAMBDA_INLINE {
       runs([&](std::int64_t run) {
@@ -260,8 +273,9 @@ LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row)
 
 template <class T, class V, class D>
 void row_forward(const RowForward& a) {
+  using S = typename V::Scalar;
   if (a.per_row) {
-    forward_groups<T, V, D>(a, [&](std::int64_t row) { return statistic_affine<V>(a.weight, a.bias, row); });
+    forward_groups<T, V, D>(a, [&](std::int64_t row) { return statistic_affine<S>(a.weight, a.bias, row); });
   } else {
     with_affine<V>(a.weight, a.bias, [&](auto affine) LANENORM_LAMBDA_INLINE {
       forward_groups<T, V, D>(a, [&](std::int64_t) { return affine; });
@@ -432,16 +446,23 @@ void row_gradient(const RowGradient& a) {
   if (a.shared) {
     const Gradients<V> k(*constants);
     constexpr std::int64_t kBytes = sizeof(T);
-    for (std::int64_t run = 0; run < a.rows; ++run) {
-      const char* x = static_cast<const char*>(a.x[run]);
-      const char* dy = static_cast<const char*>(a.dy[run]);
-      const V one = V::broadcast(S(1));
-      write_line<T, V>(static_cast<char*>(a.dx[run]), a.length, a.stream,
-                       [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
-                         const V xhat = normalize(load<T, V>(x + i * kBytes, part), k.mean, k.rstd, k.shift);
-                         return input_gradient(load<T, V>(dy + i * kBytes, part), one, xhat, k.minus_mean_g,
-                                               k.minus_mean_gx, k.factor);
-                       });
+    const V one = V::broadcast(S(1));
+    Stage<D> stage(a.stream, a.length * kBytes);
+    const std::int64_t group = stage.group();
+    for (std::int64_t first = 0; first < a.rows; first += group) {
+      const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
+      char* table[8];
+      char* const* dx = stage.lines(a.dx + first, rows, table);
+      for (int r = 0; r < rows; ++r) {
+        const char* x = static_cast<const char*>(a.x[first + r]);
+        const char* dy = static_cast<const char*>(a.dy[first + r]);
+        write_line<T, V>(dx[r], a.length, a.stream && dx != table,
+                         [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+                           const V xhat = normalize(load<T, V>(x + i * kBytes, part), k.mean, k.rstd, k.shift);
+                           return input_gradient(load<T, V>(dy + i * kBytes, part), one, xhat, k.minus_mean_g,
+                                                 k.minus_mean_gx, k.factor);
+                         });
+      }
     }
     if (a.stream) fence();
     return;

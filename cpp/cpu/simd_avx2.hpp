@@ -204,6 +204,10 @@ struct F64x8 {
     return {{_mm256_andnot_pd(sign, a.v[0]), _mm256_andnot_pd(sign, a.v[1])}};
   }
   LANENORM_INLINE friend F64x8 sqrt(F64x8 a) { return {{_mm256_sqrt_pd(a.v[0]), _mm256_sqrt_pd(a.v[1])}}; }
+  LANENORM_INLINE friend F64x8 join(F64x8 a, int count, F64x8 b) {
+    return {{_mm256_blendv_pd(b.v[0], a.v[0], _mm256_castsi256_pd(mask_pd(count))),
+             _mm256_blendv_pd(b.v[1], a.v[1], _mm256_castsi256_pd(mask_pd(count, 4)))}};
+  }
   LANENORM_INLINE friend F64x8 keep(F64x8 a, int count) {
     return {{_mm256_and_pd(a.v[0], _mm256_castsi256_pd(mask_pd(count))),
              _mm256_and_pd(a.v[1], _mm256_castsi256_pd(mask_pd(count, 4)))}};
@@ -319,6 +323,10 @@ struct F32x16 {
     return {{_mm256_andnot_ps(sign, a.v[0]), _mm256_andnot_ps(sign, a.v[1])}};
   }
   LANENORM_INLINE friend F32x16 sqrt(F32x16 a) { return {{_mm256_sqrt_ps(a.v[0]), _mm256_sqrt_ps(a.v[1])}}; }
+  LANENORM_INLINE friend F32x16 join(F32x16 a, int count, F32x16 b) {
+    return {{_mm256_blendv_ps(b.v[0], a.v[0], _mm256_castsi256_ps(mask_ps(count))),
+             _mm256_blendv_ps(b.v[1], a.v[1], _mm256_castsi256_ps(mask_ps(count, 8)))}};
+  }
   LANENORM_INLINE friend F32x16 keep(F32x16 a, int count) {
     return {{_mm256_and_ps(a.v[0], _mm256_castsi256_ps(mask_ps(count))),
              _mm256_and_ps(a.v[1], _mm256_castsi256_ps(mask_ps(count, 8)))}};

@@ -122,6 +122,9 @@ struct F64x8 {
   LANENORM_INLINE friend F64x8 abs(F64x8 a) { return {_mm512_abs_pd(a.v)}; }
   LANENORM_INLINE friend F64x8 sqrt(F64x8 a) { return {_mm512_sqrt_pd(a.v)}; }
   LANENORM_INLINE friend F64x8 keep(F64x8 a, int count) { return {_mm512_maskz_mov_pd(mask8(count), a.v)}; }
+  LANENORM_INLINE friend F64x8 join(F64x8 a, int count, F64x8 b) {
+    return {_mm512_mask_mov_pd(b.v, mask8(count), a.v)};
+  }
 
   LANENORM_INLINE double fold() const {
     const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
@@ -205,6 +208,9 @@ struct F32x16 {
   LANENORM_INLINE friend F32x16 abs(F32x16 a) { return {_mm512_abs_ps(a.v)}; }
   LANENORM_INLINE friend F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
   LANENORM_INLINE friend F32x16 keep(F32x16 a, int count) { return {_mm512_maskz_mov_ps(mask16(count), a.v)}; }
+  LANENORM_INLINE friend F32x16 join(F32x16 a, int count, F32x16 b) {
+    return {_mm512_mask_mov_ps(b.v, mask16(count), a.v)};
+  }
 
   LANENORM_INLINE float fold() const {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

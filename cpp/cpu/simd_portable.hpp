@@ -6,6 +6,7 @@
 //                              touched); T is a storage type, widened on load and rounded to nearest even on store
 //   + - * / fma sqrt           one rounding per operation and lane
 //   keep(a, count)             lanes from `count` on become +0
+//   join(a, count, b)          the first `count` lanes of a, the others of b
 //   fold()                     sum of lanes by halving: lane i + lane i + half, and so on
 //   F64x8::fold8(v)            the folds of eight vectors, v[i].fold() in lane i
 //   stream<T>(p)               store<T>(p) past the caches; p a multiple of 64 bytes (of 32 for 16-bit T); other
@@ -114,6 +115,9 @@ struct Lanewise {
   }
   LANENORM_INLINE friend Self sqrt(const Self& a) {
     return each([&](int i) { return root(a.lane[i]); });
+  }
+  LANENORM_INLINE friend Self join(const Self& a, int count, const Self& b) {
+    return each([&](int i) { return i < count ? a.lane[i] : b.lane[i]; });
   }
   LANENORM_INLINE friend Self keep(const Self& a, int count) {
     return each([&](int i) { return i < count ? a.lane[i] : S(0); });

@@ -4,6 +4,7 @@
 #include "core/dtype.hpp"
 #include "cpu/column_norm.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/plane_norm.hpp"
 #include "cpu/row_norm.hpp"
 
 namespace lanenorm {
@@ -47,7 +48,10 @@ constexpr KernelTable make_table() {
   t.column_merge = &column_merge<D>;
   t.column_fold = &column_fold<D>;
   t.column_finish = &column_finish<C, D>;
+  t.column_weight = &column_weight<C, D>;
   t.column_apply = &column_apply<T, V>;
+  t.inference_constants = &inference_constants<C, D>;
+  t.planes_apply = &planes_apply<T, V>;
   t.column_sums = &column_sums<T, V, D>;
   t.column_gradient = &column_gradient<T, V, D>;
   t.widen = &convert<T, C>;

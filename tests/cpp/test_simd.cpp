@@ -221,6 +221,8 @@ void lanes_are_kept_and_filled() {
     for (int count = 0; count <= V::kLanes; ++count) {
       const Lanes<S> kept = lanes_of(keep(V::broadcast(value), count));
       for (int i = 0; i < V::kLanes; ++i) CHECK(same(kept.v[i], i < count ? value : S(0)));
+      const Lanes<S> joined = lanes_of(join(V::broadcast(value), count, V::broadcast(S(3))));
+      for (int i = 0; i < V::kLanes; ++i) CHECK(same(joined.v[i], i < count ? value : S(3)));
     }
   }
 }
