@@ -65,6 +65,7 @@ struct RowSums {
   std::int64_t runs, length;
   const void* weight;  // (runs, length) C, or null
   double mean, rstd;
+  bool fetch;  // what follows the lines in memory, ahead of reading it
 };
 
 // dx of `rows` lines, each with constants of its own, and optionally the sums over the rows of dy * xhat and dy.

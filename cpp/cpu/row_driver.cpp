@@ -285,6 +285,7 @@ class RowDriver {
     a.weight = plan_.affine == Affine::per_element ? at(p_.weight, segments_.element(segment)) : nullptr;
     a.mean = static_cast<double>(static_cast<const C*>(p_.mean)[s]);
     a.rstd = static_cast<double>(static_cast<const C*>(p_.rstd)[s]);
+    a.fetch = stream_;
     return p_.kernels.row_sums(a);
   }
 

@@ -286,11 +286,16 @@ void row_forward(const RowForward& a) {
 
 // ---- backward: sums ----------------------------------------------------------------------------------------------
 
+// How far ahead x and dy are fetched where dx is streamed. Writing dx interrupts both streams, and the processor takes
+// a while to follow them again: 25088 x 192 1.65 -> 1.15 times 1.5 copies, 4096 x 4096 1.25 -> 1.15; 4 to 12 KB are
+// alike. (Fetched while dx is written they come no sooner: 65536 x 64 9.7 -> 11.1 ns a vector.)
+inline constexpr std::int64_t kSumsAhead = 6144;
+
 // Sums over a line of g = dy * weight, g t and t, t = (x - mean) * rstd: lanes hold at most 64 vectors (trees of 8,
 // then what is left one by one) before they go to double.
 template <class T, class V, class D, bool kWeight>
 LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
-                               V mean, V rstd, D* total) {
+                               V mean, V rstd, bool fetch, D* total) {
   using S = typename V::Scalar;
   constexpr std::int64_t kLanes = V::kLanes;
   constexpr std::int64_t kBytes = sizeof(T);
@@ -298,6 +303,10 @@ LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::
     const std::int64_t stop = length < start + kSuperblock * kLanes ? length : start + kSuperblock * kLanes;
     V sum_g = V::zero(), sum_gt = V::zero(), sum_t = V::zero();
     const auto one = [&](std::int64_t at, auto part, V* g, V* t) LANENORM_LAMBDA_INLINE {
+      if (fetch) {
+        __builtin_prefetch(x + at * kBytes + kSumsAhead, 0, 2);
+        __builtin_prefetch(dy + at * kBytes + kSumsAhead, 0, 2);
+      }
       *g = load<T, V>(dy + at * kBytes, part);
       if constexpr (kWeight) *g = *g * load<S, V>(reinterpret_cast<const char*>(weight + at), part);
       *t = keep_part((load<T, V>(x + at * kBytes, part) - mean) * rstd, part);
@@ -339,9 +348,9 @@ PieceSums row_sums(const RowSums& a) {
     const char* x = static_cast<const char*>(a.x[run]);
     const char* dy = static_cast<const char*>(a.dy[run]);
     if (weight != nullptr) {
-      line_sums<T, V, D, true>(x, dy, weight + run * a.length, a.length, mean, rstd, total);
+      line_sums<T, V, D, true>(x, dy, weight + run * a.length, a.length, mean, rstd, a.fetch, total);
     } else {
-      line_sums<T, V, D, false>(x, dy, nullptr, a.length, mean, rstd, total);
+      line_sums<T, V, D, false>(x, dy, nullptr, a.length, mean, rstd, a.fetch, total);
     }
   }
   return {total[0].fold(), total[1].fold(), total[2].fold()};
@@ -490,9 +499,9 @@ LANENORM_INLINE void finish_gradients(const RowBackward& a, std::int64_t first, 
       const char* dy = static_cast<const char*>(a.dy[first + r]);
       const V m = V::broadcast(mean[r]), s = V::broadcast(rstd[r]);
       if (weight != nullptr && !a.per_row) {
-        line_sums<T, V, D, true>(x, dy, weight, a.length, m, s, total);
+        line_sums<T, V, D, true>(x, dy, weight, a.length, m, s, a.stream, total);
       } else {
-        line_sums<T, V, D, false>(x, dy, nullptr, a.length, m, s, total);
+        line_sums<T, V, D, false>(x, dy, nullptr, a.length, m, s, a.stream, total);
       }
     }
     g[r] = total[0];
