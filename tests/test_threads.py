@@ -219,6 +219,7 @@ started.wait()
 INTERRUPT = """
 import sys, threading, os, signal, time
 import numpy as np, lanenorm
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 lanenorm.set_num_threads(int(sys.argv[1]))
 lanenorm.use_isa("portable")
 # one call over 6e9 elements of a 3 MB array: minutes, unless it is stopped
