@@ -145,5 +145,43 @@ inline std::string number(double value) {
                    std::to_string(channel_axis) + "), expected more: the statistics of one value say nothing");
 }
 
+// ---- CUDA: std::runtime_error, RuntimeError in Python
+
+// call: the function of the CUDA runtime; error: the name of what it returned, text: what CUDA says about it
+[[noreturn]] inline void cuda_failed(const char* operation, const char* call, const std::string& error,
+                                     const char* text) {
+  std::string hint;
+  if (error == "cudaErrorNoKernelImageForDevice") {
+    hint = "; build lanenorm for this GPU: LANENORM_CUDA_ARCHITECTURES, see README";
+  } else if (error == "cudaErrorMemoryAllocation") {
+    hint = "; free memory, also that of CuPy's pool: cupy.get_default_memory_pool().free_all_blocks()";
+  }
+  throw std::runtime_error(std::string(operation) + ": " + call + " failed: " + error + " (" + text + ")" + hint);
+}
+
+// text: what the allocator said
+[[noreturn]] inline void out_of_device_memory(const char* operation, std::int64_t bytes, int device,
+                                              const std::string& text) {
+  throw std::runtime_error(std::string(operation) + ": cupy.cuda.alloc failed for " + std::to_string(bytes) +
+                           " bytes on CUDA device " + std::to_string(device) + ": " + text +
+                           "; free memory, also that of CuPy's pool: cupy.get_default_memory_pool().free_all_blocks()");
+}
+
+// Why there is no CUDA here. CUDA writes its version 13.0 as 13000; r580 is the driver of CUDA 13.
+inline std::string cuda_version(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+inline std::string no_driver() {
+  return "there is no NVIDIA driver (cudaDriverGetVersion gives 0); install one for CUDA 13, r580 or newer";
+}
+inline std::string old_driver(int version, int needed) {
+  return "the NVIDIA driver is too old: it supports CUDA up to " + cuda_version(version) +
+         " (cudaDriverGetVersion), lanenorm needs " + cuda_version(needed) + "; upgrade to driver r580 or newer";
+}
+inline std::string no_device(const char* error, const char* text) {
+  return std::string("cudaGetDeviceCount failed: ") + error + " (" + text +
+         "); check nvidia-smi and CUDA_VISIBLE_DEVICES";
+}
+
 }  // namespace errors
 }  // namespace lanenorm

@@ -16,6 +16,30 @@ inline namespace LANENORM_ISA {
 
 LANENORM_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
+// Sum of v[0..N): pairs, then pairs of pairs.
+template <int N, class V>
+LANENORM_INLINE V tree(const V* v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    constexpr int kLeft = N > 4 ? 4 : N > 2 ? 2 : 1;
+    return tree<kLeft>(v) + tree<N - kLeft>(v + kLeft);
+  }
+}
+
+// Products of N pairs summed as tree() sums: neighbours by one fma, then pairs of pairs.
+template <int N, class V>
+LANENORM_INLINE V tree_of_products(const V* a, const V* b) {
+  if constexpr (N == 1) {
+    return a[0] * b[0];
+  } else if constexpr (N == 2) {
+    return fma(a[1], b[1], a[0] * b[0]);
+  } else {
+    constexpr int kLeft = N > 4 ? 4 : 2;
+    return tree_of_products<kLeft>(a, b) + tree_of_products<N - kLeft>(a + kLeft, b + kLeft);
+  }
+}
+
 // Constants of one statistic in the compute type C.
 template <class C>
 struct Normalizer {
@@ -26,11 +50,25 @@ struct Normalizer {
   C scale;     // a power of two, almost always 1: x is multiplied by it first where x - mean or rstd leaves C's range
 };
 
+// What the lanes of V hold: a SIMD vector says so itself, a CUDA thread computes with plain numbers.
+template <class V>
+struct Lane {
+  using Scalar = typename V::Scalar;
+};
+template <>
+struct Lane<float> {
+  using Scalar = float;
+};
+template <>
+struct Lane<double> {
+  using Scalar = double;
+};
+
 // xhat of a forward. The rounding of rstd alone is 1 u of the 4 u promised; its low part costs one fma.
 template <class V>
 LANENORM_INLINE V normalize(V x, V mean, V rstd, V rstd_low, V shift) {
   const V d = x - mean;
-  if constexpr (sizeof(typename V::Scalar) == 4) return fma(d, rstd, fma(d, rstd_low, shift));
+  if constexpr (sizeof(typename Lane<V>::Scalar) == 4) return fma(d, rstd, fma(d, rstd_low, shift));
   return fma(d, rstd, shift);
 }
 

@@ -34,6 +34,17 @@ LANENORM_INLINE Pair<D> two_sum(D a, D b) {
   return {sum, (a - a_part) + (b - b_part)};
 }
 
+// A value near the mean from which deviations are taken: x0 + mean, where mean is that of x - x0, rounded to 2^-8 of
+// mean |x - x0|. Near enough that deviations carry no large common part, coarse enough that those of integers are
+// exact. grain: mean |x - x0| times kPivotGrain; (mean + grain) - grain drops the bits of mean below ulp(grain).
+template <class S>
+inline constexpr S kPivotGrain = S(sizeof(S) == 4 ? 0x1p+15 : 0x1p+44);
+
+template <class V>
+LANENORM_INLINE V coarse_pivot(V x0, V mean, V grain) {
+  return x0 + ((mean + grain) - grain);
+}
+
 template <class D>
 struct Moments {
   D pivot;

@@ -38,30 +38,6 @@ inline constexpr int kSuperblock = 64;  // vectors
 
 // ---- sums over the vectors of a block ----------------------------------------------------------------------------
 
-// Sum of v[0..N): pairs, then pairs of pairs.
-template <int N, class V>
-LANENORM_INLINE V tree(const V* v) {
-  if constexpr (N == 1) {
-    return v[0];
-  } else {
-    constexpr int kLeft = N > 4 ? 4 : N > 2 ? 2 : 1;
-    return tree<kLeft>(v) + tree<N - kLeft>(v + kLeft);
-  }
-}
-
-// Products of N pairs summed as tree() sums: neighbours by one fma, then pairs of pairs.
-template <int N, class V>
-LANENORM_INLINE V tree_of_products(const V* a, const V* b) {
-  if constexpr (N == 1) {
-    return a[0] * b[0];
-  } else if constexpr (N == 2) {
-    return fma(a[1], b[1], a[0] * b[0]);
-  } else {
-    constexpr int kLeft = N > 4 ? 4 : 2;
-    return tree_of_products<kLeft>(a, b) + tree_of_products<N - kLeft>(a + kLeft, b + kLeft);
-  }
-}
-
 // Sum and m2 of N values in each lane.
 template <class V>
 struct Lanes {
@@ -136,12 +112,9 @@ LANENORM_INLINE void add_full_block(Lanes<V>* lanes, int k, const Lanes<V>& next
 
 // ---- pivot -------------------------------------------------------------------------------------------------------
 
-// x0 + mean, rounded to 2^-8 of the mean absolute deviation: (q + t) - t drops the bits of q below ulp(t).
 template <class V>
 LANENORM_INLINE V pivot_from(V x0, V mean, V mean_absolute) {
-  using S = typename V::Scalar;
-  const V t = mean_absolute * V::broadcast(sizeof(S) == 4 ? S(0x1p+15) : S(0x1p+44));
-  return x0 + ((mean + t) - t);
+  return coarse_pivot(x0, mean, mean_absolute * V::broadcast(kPivotGrain<typename V::Scalar>));
 }
 
 // 1 / (the power of two not below count)
@@ -165,8 +138,7 @@ LANENORM_INLINE typename V::Scalar row_pivot(const X& x, Last last, typename V::
   for (int i = 0; i < N; ++i) magnitude[i] = abs(d[i]);
   const S mean = tree<N>(d).fold() * inverse;
   const S mean_absolute = tree<N>(magnitude).fold() * inverse;
-  const S t = mean_absolute * (sizeof(S) == 4 ? S(0x1p+15) : S(0x1p+44));
-  return x0 + ((mean + t) - t);
+  return coarse_pivot(x0, mean, mean_absolute * kPivotGrain<S>);
 }
 
 // max(count, 1) of whole numbers
