@@ -1,0 +1,173 @@
+// See choose.hpp.
+#include "cuda/choose.hpp"
+
+#include <algorithm>
+#include <iterator>
+
+namespace lanenorm::cuda {
+namespace {
+
+constexpr int kWord = 16;  // bytes
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// ---- the table ---------------------------------------------------------------------------------------------------
+//
+// Rows up to `words` words, forward. A word is 16 bytes. More lanes shorten the chain of dependent operations, more
+// words a lane put more bytes in flight; 8 words a lane are 32 registers for this row and 32 for the next.
+//
+//   words    lanes x words a lane
+struct GroupRow {
+  std::int64_t words;
+  GroupShape shape;
+};
+constexpr GroupRow kForwardGroups[] = {
+    {8, {8, 1}},     //  128 B   16 rows a block, 7 blocks an SM: with the next rows 28 KB in flight an SM
+    {16, {16, 1}},   //  256 B    8 rows, 7 blocks: 28 KB
+    {32, {16, 2}},   //  512 B    8 rows, 5 blocks: 40 KB
+    {64, {32, 2}},   //    1 KB   4 rows, 5 blocks: 40 KB
+    {128, {32, 4}},  //    2 KB   4 rows, 4 blocks: 64 KB
+    {256, {32, 8}},  //    4 KB   4 rows, 2 blocks: 64 KB
+};
+// A row to a block: 4 warps of 4 words a lane up to 8 KB, 8 warps up to 32 KB.
+struct BlockRow {
+  std::int64_t words;
+  int warps, words_a_lane;
+};
+constexpr BlockRow kForwardBlocks[] = {
+    {512, 4, 4},   //  8 KB   4 blocks an SM: with the next rows 64 KB in flight
+    {1024, 8, 4},  // 16 KB   2 blocks: 64 KB
+    {2048, 8, 8},  // 32 KB   1 block: 64 KB
+};
+// Up to 96 KB a block where a cluster can share the row: two blocks then share an SM, and one loads while the other
+// stores.
+constexpr int kPreferredPieces = 3;
+
+// Backward. A lane keeps dweight and dbias of its columns as compensated sums, 4 registers a column (8 in float64), and
+// words of x and dy, 8 registers a word, twice with the next row on its way: 16 columns of 4 bytes are
+// 16 * 4 + 4 * 8 * 2 = 128 registers, of 2 bytes 96; 8 of float64 are 128.
+constexpr GroupRow kBackwardGroups[] = {
+    {8, {8, 1}}, {16, {16, 1}}, {32, {16, 2}}, {64, {32, 2}}, {128, {32, 4}},
+};
+constexpr int backward_words(std::int64_t element_bytes) { return element_bytes == 2 ? 2 : 4; }
+constexpr int kSlabThreads = 256;
+constexpr int kMaxChunkRows = 128;
+// Chunks that there should be: two for each SM of the largest devices.
+constexpr std::int64_t kWantedChunks = 256;
+
+// Columns: blocks of 256 threads an SM, each with up to 48 KB of shared memory and 8 rows of 512 bytes a warp in
+// flight.
+constexpr int kColumnBlocks = 2;
+
+constexpr int kGroupThreads = 128;
+
+const GroupRow* find(const GroupRow* first, const GroupRow* last, std::int64_t words) {
+  return std::find_if(first, last, [=](const GroupRow& row) { return words <= row.words; });
+}
+
+// ---- long rows ---------------------------------------------------------------------------------------------------
+
+// Where the row stays on chip: the smallest cluster whose blocks need kPreferredPieces each, else the one that fits.
+bool choose_resident(const DeviceLimits& device, RowForwardChoice* choice) {
+  const std::int64_t room = (device.shared_per_block - kResidentBytes) / kPieceBytes;
+  const std::int64_t most = std::min<std::int64_t>(room, kResidentPieces);
+  for (const std::int64_t wanted : {std::min<std::int64_t>(most, kPreferredPieces), most}) {
+    for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
+      const std::int64_t each = ceil_div(choice->pieces, cluster);
+      if (each > wanted) continue;
+      choice->kind = RowKind::resident;
+      choice->cluster = cluster;
+      choice->pieces_per_block = static_cast<int>(each);
+      return true;
+    }
+  }
+  return false;
+}
+
+// Clusters of a kernel that loops over `work` pieces: one each, or as many as the device may hold at once.
+std::int64_t clusters_of(std::int64_t work, int per_multiprocessor, int cluster, const DeviceLimits& device) {
+  return std::min<std::int64_t>(work, std::max(1, per_multiprocessor * device.multiprocessors / cluster));
+}
+
+}  // namespace
+
+std::int64_t grid_of(std::int64_t work, int per_multiprocessor, const DeviceLimits& device) {
+  return std::min<std::int64_t>(work, std::int64_t{per_multiprocessor} * device.multiprocessors);
+}
+
+RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype) {
+  const std::int64_t rows = plan.statistics;
+  const std::int64_t words = ceil_div(plan.reduced * size(dtype), kWord);
+  RowForwardChoice choice{};
+  choice.cluster = 1;
+  const GroupRow* group = find(std::begin(kForwardGroups), std::end(kForwardGroups), words);
+  if (group != std::end(kForwardGroups)) {
+    choice.kind = RowKind::group;
+    choice.shape = group->shape;
+    choice.threads = kGroupThreads;
+    choice.blocks =
+        grid_of(ceil_div(rows, kGroupThreads / group->shape.lanes), forward_group_blocks(group->shape.words), device);
+    return choice;
+  }
+  for (const BlockRow& block : kForwardBlocks) {
+    if (words > block.words) continue;
+    choice.kind = RowKind::block;
+    choice.shape = {32, block.words_a_lane};
+    choice.threads = 32 * block.warps;
+    choice.warp_words = static_cast<int>(32 * ceil_div(words, 32 * block.warps));
+    choice.blocks = grid_of(rows, forward_blocks(block.words_a_lane) * kPieceWarps / block.warps, device);
+    return choice;
+  }
+  choice.shape = {32, kPieceWords};
+  choice.threads = 32 * kPieceWarps;
+  choice.pieces = ceil_div(words * kWord, kPieceBytes);
+  if (choose_resident(device, &choice)) {
+    choice.blocks = clusters_of(rows, 2, choice.cluster, device) * choice.cluster;
+  } else {
+    choice.kind = RowKind::streamed;
+    choice.blocks = grid_of(rows * choice.pieces, 8, device);
+  }
+  return choice;
+}
+
+RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype) {
+  const std::int64_t rows = plan.statistics;
+  const std::int64_t words = ceil_div(plan.reduced * size(dtype), kWord);
+  const int lane_words = backward_words(size(dtype));
+  RowBackwardChoice choice{};
+  choice.cluster = 1;
+  choice.slabs = 1;
+  const GroupRow* group = find(std::begin(kBackwardGroups), std::end(kBackwardGroups), words);
+  int per_multiprocessor = 1;
+  if (group != std::end(kBackwardGroups) && group->shape.words <= lane_words) {
+    choice.group = true;
+    choice.shape = group->shape;
+    choice.threads = kGroupThreads;
+    choice.slab_words = group->shape.lanes * group->shape.words;
+    per_multiprocessor = backward_group_blocks(group->shape.words * kWord * (size(dtype) == 2 ? 2 : 1));
+  } else {
+    choice.shape = {32, lane_words};
+    choice.threads = words <= lane_words * kSlabThreads / 2 ? kSlabThreads / 2 : kSlabThreads;
+    choice.slab_words = choice.threads * lane_words;
+    choice.slabs = ceil_div(words, choice.slab_words);
+    per_multiprocessor = kSlabThreads / choice.threads;
+    if (choice.slabs > 1 && choice.slabs <= device.max_cluster) choice.cluster = static_cast<int>(choice.slabs);
+  }
+  // As many chunks as keep the device busy, but few partials: theirs are 16 bytes a column and chunk, beside 3 bytes of
+  // x, dy and dx a column and row times their size.
+  choice.chunk_rows = std::clamp<std::int64_t>(ceil_div(rows * choice.slabs, kWantedChunks), 1, kMaxChunkRows);
+  choice.chunks = ceil_div(rows, choice.chunk_rows);
+  const std::int64_t work = choice.chunks * (choice.cluster == 1 ? choice.slabs : 1);
+  choice.blocks = clusters_of(work, per_multiprocessor, choice.cluster, device) * choice.cluster;
+  return choice;
+}
+
+ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype) {
+  ColumnChoice choice{};
+  choice.strips = ceil_div(plan.inner * size(dtype), 32 * kWord);
+  choice.pieces = ceil_div(plan.reduced, kPieceRows);
+  choice.blocks = grid_of(plan.outer * choice.strips * choice.pieces, kColumnBlocks, device);
+  return choice;
+}
+
+}  // namespace lanenorm::cuda

@@ -1,0 +1,102 @@
+// Launch configurations: a pure function of the problem and the device, all numbers in choose.cpp.
+//
+// A problem is cut into pieces by shape and dtype alone. The device decides only which block computes which piece, and
+// whether x stays on chip meanwhile: nothing here that depends on DeviceLimits changes a bit of a result.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtype.hpp"
+#include "core/plan.hpp"
+
+namespace lanenorm::cuda {
+
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_per_block;           // bytes
+  int shared_per_multiprocessor;  // bytes
+  int architecture;               // 90: sm_90
+  int max_cluster;                // blocks; 1 where there are no clusters
+};
+
+// A piece of a row: what a block of kPieceWarps warps holds in registers, 8 words of 16 bytes a lane.
+inline constexpr int kPieceWarps = 8;
+inline constexpr int kPieceWords = 8;
+inline constexpr std::int64_t kPieceBytes = 16 * 32 * kPieceWords * kPieceWarps;  // 32 KB
+
+// What resident rows keep in shared memory beside the row itself, bytes: row_norm_long.cuh asserts that it is enough.
+inline constexpr int kResidentBytes = 3072;
+// Pieces that a block holds at most: 7 fill the 227 KB of an H100.
+inline constexpr int kResidentPieces = 7;
+
+// Blocks of 128 threads that an SM holds of the group kernels, which are compiled to fit: 65536 registers of an SM by
+// those of a thread. Forward, by words a lane: up to 72 registers for 1 word, 96, 128, 255 for 8.
+constexpr int forward_group_blocks(int words) { return words == 1 ? 7 : words == 2 ? 5 : words == 4 ? 4 : 2; }
+// Backward, by the bytes of a lane's columns in the compute type: up to 96 registers for 16 bytes, 168, 255 for 64.
+constexpr int backward_group_blocks(int lane_bytes) { return lane_bytes <= 16 ? 5 : lane_bytes <= 32 ? 3 : 2; }
+// Of blocks of 256 threads, by words a lane: 128 or 255 registers.
+constexpr int forward_blocks(int words) { return words <= 4 ? 2 : 1; }
+
+// How a row lies in registers: `lanes` lanes, at most `words` words of 16 bytes each.
+struct GroupShape {
+  int lanes, words;
+};
+
+enum class RowKind {
+  group,     // a row to 8, 16 or 32 lanes, in registers
+  block,     // a row to a block of 4 or 8 warps, in registers
+  resident,  // a row to the shared memory of a block or of a cluster
+  streamed   // a row is read twice
+};
+
+struct RowForwardChoice {
+  // By shape and dtype.
+  RowKind kind;  // resident or streamed: by the device
+  GroupShape shape;
+  int warp_words;       // block: words of a row that belong to a warp, a multiple of 32
+  std::int64_t pieces;  // resident, streamed: of a row
+  // By the device.
+  int threads;
+  int cluster;           // blocks of a row
+  int pieces_per_block;  // resident
+  std::int64_t blocks;   // of the grid, a multiple of cluster
+};
+
+struct RowBackwardChoice {
+  // By shape and dtype.
+  bool group;  // a row to a group of lanes, else a slab of a row to a block
+  GroupShape shape;
+  int threads;
+  int slab_words;           // words of a row that belong to a slab
+  std::int64_t slabs;       // of a row
+  std::int64_t chunk_rows;  // whose dweight and dbias are summed in registers
+  std::int64_t chunks;
+  // By the device.
+  int cluster;  // slabs: a cluster exchanges the sums of a row; 1 with several slabs: a first kernel computes them
+  std::int64_t blocks;  // of the grid, a multiple of cluster
+};
+
+// Rows of a matrix that a block of column kernels takes at a time: 8 warps of 64. Sums of 64 rows in float32 keep the
+// promise of 4 u (4096 rows: 40 u).
+inline constexpr int kPieceRows = 512;
+
+struct ColumnChoice {
+  // By shape and dtype.
+  std::int64_t strips;  // of 32 words of columns, of a matrix
+  std::int64_t pieces;  // of a matrix; 1: it is normalized by one kernel
+  // By the device.
+  std::int64_t blocks;
+};
+
+// plan.elements > 0, plan.work is rows: plan.statistics rows of plan.reduced elements.
+RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype);
+RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype);
+
+// plan.elements > 0, plan.work is columns: plan.outer matrices of plan.reduced rows of plan.inner columns.
+ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype);
+
+// Blocks of a kernel that loops over `work` pieces: one each, or as many as the device holds at once.
+std::int64_t grid_of(std::int64_t work, int per_multiprocessor, const DeviceLimits& device);
+
+}  // namespace lanenorm::cuda

@@ -1,0 +1,54 @@
+// Launchers of the column kernels. Included by column_norm_<dtype>.cu, one unit per storage type.
+#pragma once
+
+#include "cuda/column_gradient.cuh"
+#include "cuda/column_norm.cuh"
+#include "cuda/kernels.hpp"
+#include "cuda/launch.hpp"
+
+namespace lanenorm::cuda {
+
+// A warp a statistic, 4 warps a block, 8 blocks an SM.
+inline Config config_of_statistics(std::int64_t statistics, const Context& context) {
+  return {grid_of((statistics + 3) / 4, 8, device_limits(context.device)), 128};
+}
+
+template <class T>
+void column_forward(ColumnForward args, const ColumnChoice& choice, const Context& context) {
+  args.strips = choice.strips;
+  args.pieces = choice.pieces;
+  const Config pieces{choice.blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
+  if (args.pieces == 1) {
+    launch(column_forward_resident<T>, pieces, context.stream, args);
+    return;
+  }
+  const auto statistics = static_cast<std::size_t>(args.matrices * args.columns);
+  args.piece_moments = context.allocate(
+      context.state, kMomentSets<T> * statistics * static_cast<std::size_t>(args.pieces) * sizeof(Counted));
+  args.normalizers = context.allocate(context.state, statistics * sizeof(Normalizer<Compute<T>>));
+  launch(column_moments_streamed<T>, pieces, context.stream, args);
+  launch(column_statistics_streamed<T>, config_of_statistics(args.matrices * args.columns, context), context.stream,
+         args);
+  launch(column_apply_streamed<T>, {choice.blocks, kColumnThreads}, context.stream, args);
+}
+
+template <class T>
+void column_backward(ColumnBackward args, const ColumnChoice& choice, const Context& context) {
+  args.strips = choice.strips;
+  args.pieces = choice.pieces;
+  const Config pieces{choice.blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
+  if (args.pieces == 1) {
+    launch(column_backward_resident<T>, pieces, context.stream, args);
+    return;
+  }
+  const auto statistics = static_cast<std::size_t>(args.matrices * args.columns);
+  args.piece_sums =
+      context.allocate(context.state, statistics * static_cast<std::size_t>(args.pieces) * sizeof(GradientSums));
+  args.constants = context.allocate(context.state, statistics * sizeof(GradientConstants<Compute<T>>));
+  launch(column_sums_streamed<T>, pieces, context.stream, args);
+  launch(column_constants_streamed<T>, config_of_statistics(args.matrices * args.columns, context), context.stream,
+         args);
+  launch(column_gradient_streamed<T>, {choice.blocks, kColumnThreads}, context.stream, args);
+}
+
+}  // namespace lanenorm::cuda

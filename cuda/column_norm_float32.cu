@@ -1,0 +1,9 @@
+// The column kernels of float32.
+#include "cuda/column_launch.cuh"
+
+namespace lanenorm::cuda {
+
+template void column_forward<float>(ColumnForward, const ColumnChoice&, const Context&);
+template void column_backward<float>(ColumnBackward, const ColumnChoice&, const Context&);
+
+}  // namespace lanenorm::cuda

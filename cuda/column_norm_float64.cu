@@ -1,0 +1,9 @@
+// The column kernels of float64.
+#include "cuda/column_launch.cuh"
+
+namespace lanenorm::cuda {
+
+template void column_forward<double>(ColumnForward, const ColumnChoice&, const Context&);
+template void column_backward<double>(ColumnBackward, const ColumnChoice&, const Context&);
+
+}  // namespace lanenorm::cuda

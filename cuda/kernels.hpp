@@ -1,0 +1,123 @@
+// What kernels are given, and the functions that launch them: one per storage type, in row_norm_*.cu and
+// column_norm_*.cu. norms.cu has the table. The CUDA twin of cpp/cpu/kernels.hpp.
+//
+// Rows and lines begin at any address unless it says aligned. Parameters (weight, bias) are contiguous, 16-byte
+// aligned, in x's type or, with `parameters_as_compute`, in the compute type. Statistics are contiguous in the compute
+// type.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/choose.hpp"
+
+namespace lanenorm::cuda {
+
+// What an operation gets from its caller, who has made `device` current.
+struct Context {
+  int device;
+  void* stream;                                       // cudaStream_t
+  void* (*allocate)(void* state, std::size_t bytes);  // device memory, 256-byte aligned; throws
+  void* state;                                        // the caller frees it after the call, in stream order
+};
+
+// ---- rows --------------------------------------------------------------------------------------------------------
+
+struct RowForward {
+  const char* x;  // (rows, length), rows x_stride bytes apart
+  char* y;        // (rows, length)
+  std::int64_t x_stride, y_stride;
+  std::int64_t rows, length;
+  void* mean;          // (rows), or null
+  void* rstd;          // (rows), or null
+  const void* weight;  // (length), or null
+  const void* bias;    // (length), or null
+  bool parameters_as_compute;
+  double eps;
+  double inverse_length;
+  int warp_words;        // block: words of a row that belong to a warp
+  std::int64_t pieces;   // resident, streamed: per row
+  int pieces_per_block;  // resident
+  void* piece_moments;   // streamed: Counted (sets, rows, pieces)
+  void* statistics;      // streamed: Statistic (rows)
+};
+
+struct RowBackward {
+  const char* dy;  // (rows, length)
+  const char* x;   // (rows, length)
+  char* dx;        // (rows, length)
+  std::int64_t dy_stride, x_stride, dx_stride;
+  std::int64_t rows, length;
+  const void* mean;    // (rows)
+  const void* rstd;    // (rows)
+  const void* weight;  // (length), or null
+  bool parameters_as_compute;
+  std::int64_t chunk_rows, chunks;
+  std::int64_t slabs;
+  int slab_words;               // words of a row that belong to a slab
+  std::int64_t partial_length;  // length rounded up to whole words of x
+  void* partial;  // dweight and dbias of every chunk: (chunks, 2, partial_length) in the compute type, aligned; or null
+  void* slab_sums;  // sums of a first kernel: GradientSums (rows, slabs)
+};
+
+// dweight and dbias from partials, in index order.
+struct FoldPartials {
+  const void* partial;  // (chunks, 2, partial_length)
+  std::int64_t chunks, length, partial_length;
+  void* dweight;  // (length), or null
+  void* dbias;
+  bool as_compute;  // dweight and dbias in the compute type, else in x's
+};
+
+// ---- columns -----------------------------------------------------------------------------------------------------
+
+// A tensor is `matrices` matrices of `rows` rows of `columns` elements; strides in bytes, the elements of a row
+// adjacent.
+struct ColumnForward {
+  const char* x;
+  char* y;
+  std::int64_t x_matrix_stride, x_row_stride, y_matrix_stride, y_row_stride;
+  std::int64_t matrices, rows, columns;
+  void* mean;          // (matrices, columns), or null
+  void* rstd;          // (matrices, columns), or null
+  const void* weight;  // (rows), or null
+  const void* bias;    // (rows), or null
+  bool parameters_as_compute;
+  double eps;
+  double inverse_rows;
+  std::int64_t strips, pieces;  // of a matrix
+  void* piece_moments;          // streamed: Counted (sets, matrices, columns, pieces)
+  void* normalizers;            // streamed: Normalizer (matrices, columns)
+};
+
+struct ColumnBackward {
+  const char* dy;
+  const char* x;
+  char* dx;
+  std::int64_t dy_matrix_stride, dy_row_stride, x_matrix_stride, x_row_stride, dx_matrix_stride, dx_row_stride;
+  std::int64_t matrices, rows, columns;
+  const void* mean;    // (matrices, columns)
+  const void* rstd;    // (matrices, columns)
+  const void* weight;  // (rows), or null
+  bool parameters_as_compute;
+  std::int64_t strips, pieces;
+  std::int64_t partial_length;  // rows rounded up
+  void* partial;                // dweight and dbias of every strip: (matrices, strips, 2, partial_length); or null
+  void* piece_sums;             // streamed: GradientSums (matrices, columns, pieces)
+  void* constants;              // streamed: GradientConstants (matrices, columns)
+};
+
+// ---- launchers ---------------------------------------------------------------------------------------------------
+
+template <class T>
+void row_forward(RowForward args, const RowForwardChoice& choice, const Context& context);
+template <class T>
+void row_backward(RowBackward args, const RowBackwardChoice& choice, const Context& context);
+template <class T>
+void column_forward(ColumnForward args, const ColumnChoice& choice, const Context& context);
+template <class T>
+void column_backward(ColumnBackward args, const ColumnChoice& choice, const Context& context);
+template <class T>
+void fold_partials(const FoldPartials& args, const DeviceLimits& device, const Context& context);
+
+}  // namespace lanenorm::cuda

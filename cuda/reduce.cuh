@@ -1,0 +1,96 @@
+// Reductions over lanes, warps and blocks, of anything with merge(a, b), a before b in index order.
+//
+// Every order of merging is a binary tree over fixed places, neighbours first: it follows from the number of places
+// alone, and all threads end with the same bits. M{} is what merge() leaves the other side as it is with.
+#pragma once
+
+#include <cstdint>
+
+#include "core/formulas.hpp"
+#include "core/isa.hpp"
+#include "core/moments.hpp"
+#include "cuda/device.cuh"
+
+namespace lanenorm {
+inline namespace LANENORM_ISA {
+
+// ---- what is merged ----------------------------------------------------------------------------------------------
+
+// Moments of `count` values; count 0: of none.
+struct Counted {
+  Moments<double> moments;
+  double count;
+};
+
+__device__ __forceinline__ Counted merge(const Counted& a, const Counted& b) {
+  if (b.count == 0.0) return a;
+  if (a.count == 0.0) return b;
+  return {merge(a.moments, a.count, b.moments, b.count), a.count + b.count};
+}
+
+// Two sums at a time.
+template <class S>
+struct Sums {
+  S first, second;
+};
+
+template <class S>
+__device__ __forceinline__ Sums<S> merge(const Sums<S>& a, const Sums<S>& b) {
+  return {a.first + b.first, a.second + b.second};
+}
+
+__device__ __forceinline__ GradientSums merge(const GradientSums& a, const GradientSums& b) {
+  return {a.g + b.g, a.gt + b.gt, a.t + b.t};
+}
+
+// ---- lanes -------------------------------------------------------------------------------------------------------
+
+// The lanes of `mask` that are a group of L adjacent ones.
+template <int L>
+__device__ __forceinline__ unsigned group_mask() {
+  return (device::kAllLanes >> (32 - L)) << (threadIdx.x % 32u / L * L);
+}
+
+// Over groups of `width` adjacent lanes, a power of two. All lanes of mask arrive here. log2(width) shuffles.
+template <class M>
+__device__ __forceinline__ M fold_lanes(unsigned mask, const M& value, int width) {
+  M mine = value;  // not a parameter: TSAN does not see arguments being read
+  const int lane = static_cast<int>(threadIdx.x) % width;
+#pragma unroll
+  for (int offset = 1; offset < width; offset *= 2) {
+    const M other = device::shuffle_xor(mask, mine, offset, width);
+    mine = lane & offset ? merge(other, mine) : merge(mine, other);
+  }
+  return mine;
+}
+
+// ---- places in memory --------------------------------------------------------------------------------------------
+
+// Over `count` places, at(i) reads one. A whole warp arrives here. Lane l folds the places [l c, l c + c) in order,
+// c = ceil(count / 32), then the lanes are folded.
+template <class F>
+__device__ __forceinline__ auto fold_places(std::int64_t count, F&& at) {
+  using M = decltype(at(std::int64_t{0}));
+  const std::int64_t each = (count + 31) / 32;
+  const std::int64_t begin = static_cast<std::int64_t>(threadIdx.x % 32u) * each;
+  const std::int64_t end = begin + each < count ? begin + each : count;
+  M mine{};
+  for (std::int64_t i = begin; i < end; ++i) mine = i == begin ? at(i) : merge(mine, at(i));
+  return fold_lanes(device::kAllLanes, mine, 32);
+}
+
+// Over the warps of a block, at most kWarps, each with one value for all its lanes. scratch: kWarps places of shared
+// memory that nobody reads any more. Puts one barrier: every thread arrives here; before scratch is written again there
+// has to be another.
+template <int kWarps, class M>
+__device__ __forceinline__ M fold_warps(const M& mine, M* scratch) {
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane == 0) scratch[threadIdx.x / 32] = mine;
+  device::sync_block();
+  const int place = lane % kWarps;
+  return fold_lanes(device::kAllLanes, place < warps ? scratch[place] : M{}, kWarps);
+}
+
+}  // namespace LANENORM_ISA
+}  // namespace lanenorm

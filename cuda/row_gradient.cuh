@@ -1,0 +1,369 @@
+// Backward over rows: dx, and dweight and dbias summed in registers over chunks of rows (formulas: row_norm.cuh).
+//
+// Passes over memory: x and dy are read once and dx written (3s); dweight and dbias of a chunk are written and read
+// again, 16 bytes a column and chunk. Rows that neither a block nor a cluster holds: their sums by a kernel of their
+// own, then dx (5s).
+//
+// THE ORDER OF OPERATIONS: the sums of a row as moments are summed (words, lanes, runs of a warp), across lanes in
+// double, slabs of a row as a tree. dweight and dbias of a column over the rows of a chunk in index order, compensated;
+// where a block holds several rows at a time, its groups then in order, in double; chunks by fold_partials in double.
+//
+// Longer than 300 lines because groups, slabs and the fold of partials read as one method.
+#pragma once
+
+#include "cuda/row_norm.cuh"
+
+namespace lanenorm {
+inline namespace LANENORM_ISA {
+
+// ---- sums over rows ----------------------------------------------------------------------------------------------
+
+// A sum with the rounding errors of its additions (Kahan 1965): 128 equal rows would round in the same direction 128
+// times. Where a term is larger than the sum its own last digit may be lost, 1 u of sum |terms|.
+template <class C>
+struct Compensated {
+  C sum, low;
+  __device__ __forceinline__ void add(C v) {
+    const C next = sum + v;
+    low += v - (next - sum);
+    sum = next;
+  }
+  // Infinite sums have no error to speak of.
+  __device__ __forceinline__ double total() const {
+    const double s = static_cast<double>(sum);
+    return finite(s) ? s + static_cast<double>(low) : s;
+  }
+};
+
+// dweight and dbias of the columns of a lane.
+template <class C, int N>
+struct ColumnSums {
+  Compensated<C> dweight[N], dbias[N];
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int i = 0; i < N; ++i) dweight[i] = dbias[i] = {C(0), C(0)};
+  }
+};
+
+// ---- a run -------------------------------------------------------------------------------------------------------
+
+// weight of word w, or 1. weight: of the first element of the run; count: elements of the run
+template <class T>
+__device__ __forceinline__ void load_weight(const char* weight, bool as_compute, int count, int w, Compute<T>* out) {
+  if (weight != nullptr) {
+    load_parameters<T>(weight, as_compute, count, w, out);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPerWord<T>; ++e) out[e] = Compute<T>(1);
+  }
+}
+
+// Sums of g, g t and t over a run of L lanes.
+template <class T, int L, int V>
+__device__ __forceinline__ GradientSums run_sums(const cuda::RowBackward& a, const Words (&dy)[V], const Words (&x)[V],
+                                                 const char* weight, int count, Compute<T> mean, Compute<T> rstd,
+                                                 unsigned mask, int lane) {
+  using C = Compute<T>;
+  constexpr int E = kPerWord<T>;
+  C sum_g = C(0), sum_gt = C(0), sum_t = C(0);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int w = v * L + lane, left = count - w * E;
+    if (left <= 0) continue;
+    C g[E], t[E], gain[E];
+    unpack<T>(dy[v], g);
+    unpack<T>(x[v], t);
+    load_weight<T>(weight, a.parameters_as_compute, count, w, gain);
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      g[e] = g[e] * gain[e];
+      t[e] = (t[e] - mean) * rstd;
+    }
+    if (left < E) {
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        if (e >= left) g[e] = t[e] = C(0);
+      }
+    }
+    sum_g += tree<E>(g);
+    sum_gt += tree_of_products<E>(g, t);
+    sum_t += tree<E>(t);
+  }
+  return fold_lanes(
+      mask, GradientSums{static_cast<double>(sum_g), static_cast<double>(sum_gt), static_cast<double>(sum_t)}, L);
+}
+
+// dx of a run into `dy`, and from there to memory; the sums of its columns.
+template <class T, int L, int V>
+__device__ __forceinline__ void gradient_run(const cuda::RowBackward& a, const GradientConstants<Compute<T>>& k,
+                                             const char* weight, int count, char* dx, unsigned mask, int lane,
+                                             const Words (&x)[V], Words (&dy)[V],
+                                             ColumnSums<Compute<T>, V * kPerWord<T>>* sums) {
+  using C = Compute<T>;
+  constexpr int E = kPerWord<T>;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int w = v * L + lane, left = count - w * E;
+    if (left <= 0) continue;
+    C g[E], xhat[E], gain[E];
+    unpack<T>(dy[v], g);
+    unpack<T>(x[v], xhat);
+    load_weight<T>(weight, a.parameters_as_compute, count, w, gain);
+#pragma unroll
+    for (int e = 0; e < E; ++e) xhat[e] = normalize(xhat[e], k.mean, k.rstd, k.shift);
+    if (a.partial != nullptr) {
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        sums->dweight[v * E + e].add(g[e] * xhat[e]);
+        sums->dbias[v * E + e].add(g[e]);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      g[e] = input_gradient(g[e], gain[e], xhat[e], k.minus_mean_g, k.minus_mean_gx, k.factor);
+    }
+    dy[v] = pack<T>(g);
+  }
+  store_run<T, L, V>(dx, count * static_cast<int>(sizeof(T)), mask, lane, dy);
+}
+
+// Constants of dx of a row from its sums.
+template <class C>
+__device__ __forceinline__ GradientConstants<C> row_constants(const cuda::RowBackward& a, const GradientSums& sums,
+                                                              C mean, C rstd) {
+  double dweight;  // that of a weight that belongs to the statistic
+  return finish_gradient<C>(sums, static_cast<double>(a.length), mean, rstd, 1.0, true, &dweight);
+}
+
+// ---- a row to a group of lanes -----------------------------------------------------------------------------------
+
+// Shared memory: Compute<T> [2][groups][L * V * E], the column sums of every group.
+template <class T, int L, int V>
+inline constexpr std::size_t kGroupSumsBytes = 2 * (128 / L) * L * V * kPerWord<T> * sizeof(Compute<T>);
+
+// A chunk to a block: its groups take the rows in turn, the next row on its way in registers.
+template <class T, int L, int V>
+__global__ void __launch_bounds__(128, cuda::backward_group_blocks(V* kPerWord<T> * sizeof(Compute<T>)))
+    row_backward_group(cuda::RowBackward a) {
+  using C = Compute<T>;
+  constexpr int E = kPerWord<T>, kColumns = L * V * E, kGroups = 128 / L;
+  const unsigned mask = group_mask<L>();
+  const int lane = static_cast<int>(threadIdx.x) % L, group = static_cast<int>(threadIdx.x) / L;
+  const int count = static_cast<int>(a.length), bytes = count * static_cast<int>(sizeof(T));
+  const char* weight = static_cast<const char*>(a.weight);
+  for (std::int64_t chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x) {
+    const std::int64_t end = (chunk + 1) * a.chunk_rows < a.rows ? (chunk + 1) * a.chunk_rows : a.rows;
+    std::int64_t row = chunk * a.chunk_rows + group;
+    ColumnSums<C, V * E> sums;
+    sums.reset();
+    Words dy[V], x[V];
+    if (row < end) {
+      load_run<T, L, V>(a.dy + row * a.dy_stride, bytes, lane, dy);
+      load_run<T, L, V>(a.x + row * a.x_stride, bytes, lane, x);
+    }
+    while (row < end) {
+      const std::int64_t next = row + kGroups;
+      Words next_dy[V], next_x[V];
+      if (next < end) {
+        load_run<T, L, V>(a.dy + next * a.dy_stride, bytes, lane, next_dy);
+        load_run<T, L, V>(a.x + next * a.x_stride, bytes, lane, next_x);
+      }
+      const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
+      const GradientSums row_sums = run_sums<T, L, V>(a, dy, x, weight, count, mean, rstd, mask, lane);
+      gradient_run<T, L, V>(a, row_constants(a, row_sums, mean, rstd), weight, count, a.dx + row * a.dx_stride, mask,
+                            lane, x, dy, &sums);
+      row = next;
+      if (row >= end) break;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        dy[v] = next_dy[v];
+        x[v] = next_x[v];
+      }
+    }
+    if (a.partial == nullptr) continue;
+    // Columns of a lane -> places in the order of columns, group by group.
+    C* places = device::shared<C>(0);
+#pragma unroll
+    for (int i = 0; i < V * E; ++i) {
+      const int column = (i / E * L + lane) * E + i % E;
+      *device::shared<C>(sizeof(C) * (group * kColumns + column)) = static_cast<C>(sums.dweight[i].total());
+      *device::shared<C>(sizeof(C) * ((kGroups + group) * kColumns + column)) = static_cast<C>(sums.dbias[i].total());
+    }
+    device::sync_block();
+    C* partial = static_cast<C*>(a.partial) + chunk * 2 * a.partial_length;
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * kColumns; i += 128) {
+      const int which = i / kColumns, column = i % kColumns;
+      if (column >= count) continue;
+      double total = 0.0;
+      for (int g = 0; g < kGroups; ++g) total += static_cast<double>(places[(which * kGroups + g) * kColumns + column]);
+      partial[which * a.partial_length + column] = static_cast<C>(total);
+    }
+    device::sync_block();
+  }
+}
+
+// ---- a slab of a row to a block ----------------------------------------------------------------------------------
+
+// Shared memory of a block: of this row, and of the one before, which others may still read.
+struct SlabSums {
+  GradientSums warps[2][cuda::kPieceWarps];
+  GradientSums slab[2];
+};
+
+template <class T, int V>
+struct Slab {
+  std::int64_t index;
+  Share<T> run;  // of this warp
+  __device__ __forceinline__ Slab(const cuda::RowBackward& a, std::int64_t index, int warp)
+      : index(index), run(a.length, index * a.slab_words + warp * 32 * V, 32 * V) {}
+};
+
+// The sums of every slab of every row, for rows of more slabs than a cluster has blocks. A block a slab.
+template <class T, int V>
+__global__ void __launch_bounds__(32 * cuda::kPieceWarps) row_sums_slab(cuda::RowBackward a) {
+  using C = Compute<T>;
+  SlabSums& shared = device::shared<SlabSums>();
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  int parity = 0;
+  for (std::int64_t unit = blockIdx.x; unit < a.rows * a.slabs; unit += gridDim.x) {
+    const std::int64_t row = unit / a.slabs;
+    const Slab<T, V> slab(a, unit - row * a.slabs, warp);
+    Words dy[V], x[V];
+    load_run<T, 32, V>(a.dy + row * a.dy_stride + slab.run.offset(), slab.run.bytes(), lane, dy);
+    load_run<T, 32, V>(a.x + row * a.x_stride + slab.run.offset(), slab.run.bytes(), lane, x);
+    const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
+    parity ^= 1;
+    const GradientSums sums = fold_warps<cuda::kPieceWarps>(
+        run_sums<T, 32, V>(a, dy, x, parameters_from<T>(a.weight, a.parameters_as_compute, slab.run.first),
+                           slab.run.count, mean, rstd, device::kAllLanes, lane),
+        shared.warps[parity]);
+    if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[unit] = sums;
+  }
+}
+
+// The sums of a row: of the only slab, of those of the cluster, or as row_sums_slab left them.
+__device__ __forceinline__ GradientSums fold_slabs(const cuda::RowBackward& a, const GradientSums& mine,
+                                                   GradientSums* place) {
+  if (a.slabs == 1) return mine;
+  if (threadIdx.x == 0) *place = mine;
+  device::sync_cluster();
+  return fold_places(a.slabs, [&](std::int64_t i) { return *device::of_block(place, static_cast<unsigned>(i)); });
+}
+
+// A chunk and a slab to a block; with several slabs and no slab_sums the blocks of a cluster are the slabs of a row.
+// One barrier of the block and one of the cluster a row.
+template <class T, int V>
+__global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(cuda::RowBackward a) {
+  using C = Compute<T>;
+  constexpr int E = kPerWord<T>;
+  SlabSums& shared = device::shared<SlabSums>();
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  int parity = 0;
+  for (std::int64_t unit = blockIdx.x; unit < a.chunks * a.slabs; unit += gridDim.x) {
+    const std::int64_t chunk = unit / a.slabs;
+    const Slab<T, V> slab(a, unit - chunk * a.slabs, warp);
+    const Share<T>& run = slab.run;
+    const char* weight = parameters_from<T>(a.weight, a.parameters_as_compute, run.first);
+    const std::int64_t end = (chunk + 1) * a.chunk_rows < a.rows ? (chunk + 1) * a.chunk_rows : a.rows;
+    ColumnSums<C, V * E> sums;
+    sums.reset();
+    std::int64_t row = chunk * a.chunk_rows;
+    Words dy[V], x[V];
+    load_run<T, 32, V>(a.dy + row * a.dy_stride + run.offset(), run.bytes(), lane, dy);
+    load_run<T, 32, V>(a.x + row * a.x_stride + run.offset(), run.bytes(), lane, x);
+    while (true) {
+      const std::int64_t next = row + 1;
+      Words next_dy[V], next_x[V];
+      if (next < end) {
+        load_run<T, 32, V>(a.dy + next * a.dy_stride + run.offset(), run.bytes(), lane, next_dy);
+        load_run<T, 32, V>(a.x + next * a.x_stride + run.offset(), run.bytes(), lane, next_x);
+      }
+      const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
+      GradientSums row_sums;
+      if (a.slab_sums != nullptr) {
+        const GradientSums* of_row = static_cast<const GradientSums*>(a.slab_sums) + row * a.slabs;
+        row_sums = fold_places(a.slabs, [&](std::int64_t i) { return of_row[i]; });
+      } else {
+        parity ^= 1;
+        row_sums = fold_slabs(a,
+                              fold_warps<cuda::kPieceWarps>(
+                                  run_sums<T, 32, V>(a, dy, x, weight, run.count, mean, rstd, device::kAllLanes, lane),
+                                  shared.warps[parity]),
+                              &shared.slab[parity]);
+      }
+      gradient_run<T, 32, V>(a, row_constants(a, row_sums, mean, rstd), weight, run.count,
+                             a.dx + row * a.dx_stride + run.offset(), device::kAllLanes, lane, x, dy, &sums);
+      if (next >= end) break;
+      row = next;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        dy[v] = next_dy[v];
+        x[v] = next_x[v];
+      }
+    }
+    if (a.partial == nullptr) continue;
+    C* partial = static_cast<C*>(a.partial) + chunk * 2 * a.partial_length + run.first;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const int column = (v * 32 + lane) * E;
+      if (column >= run.count) continue;
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        partial[column + e] = static_cast<C>(sums.dweight[v * E + e].total());
+        partial[a.partial_length + column + e] = static_cast<C>(sums.dbias[v * E + e].total());
+      }
+    }
+  }
+  device::sync_cluster();  // the other blocks have read this one's sums
+}
+
+// ---- partials ----------------------------------------------------------------------------------------------------
+
+// dweight and dbias: 32 columns to a block of 32 x kFoldRows threads, each of which folds its share of the chunks in
+// index order, then the shares in index order.
+inline constexpr int kFoldRows = 16;
+
+struct FoldLayout {
+  double share[kFoldRows][32];
+};
+
+template <class T>
+__global__ void __launch_bounds__(32 * kFoldRows) fold_row_partials(cuda::FoldPartials a) {
+  using C = Compute<T>;
+  FoldLayout& shared = device::shared<FoldLayout>();
+  const int lane = static_cast<int>(threadIdx.x) % 32, part = static_cast<int>(threadIdx.x) / 32;
+  const std::int64_t blocks = (a.length + 31) / 32, each = (a.chunks + kFoldRows - 1) / kFoldRows;
+  for (std::int64_t unit = blockIdx.x; unit < 2 * blocks; unit += gridDim.x) {
+    const bool bias = unit >= blocks;
+    void* const out = bias ? a.dbias : a.dweight;
+    const std::int64_t column = (bias ? unit - blocks : unit) * 32 + lane;
+    const C* partial = static_cast<const C*>(a.partial) + (bias ? a.partial_length : 0) + column;
+    const std::int64_t stop = (part + 1) * each < a.chunks ? (part + 1) * each : a.chunks;
+    double sum = 0.0;
+    if (column < a.length) {
+#pragma unroll 8
+      for (std::int64_t chunk = part * each; chunk < stop; ++chunk) {
+        sum += static_cast<double>(partial[chunk * 2 * a.partial_length]);
+      }
+    }
+    shared.share[part][lane] = sum;
+    device::sync_block();
+    if (part == 0 && column < a.length && out != nullptr) {
+      double total = 0.0;
+      for (int i = 0; i < kFoldRows; ++i) total += shared.share[i][lane];
+      if constexpr (sizeof(T) == 2) {
+        if (a.as_compute) {
+          static_cast<float*>(out)[column] = static_cast<float>(total);
+        } else {
+          static_cast<T*>(out)[column] = device::to_half<T>(static_cast<float>(total));
+        }
+      } else {
+        static_cast<T*>(out)[column] = static_cast<T>(total);
+      }
+    }
+    device::sync_block();
+  }
+}
+
+}  // namespace LANENORM_ISA
+}  // namespace lanenorm
