@@ -1,0 +1,240 @@
+// The CUDA operations on a few arrays for test_cuda_faults.py, so that a kernel with a fault can be built and run
+// without Python, under a sanitizer, in seconds.
+//
+// cases forward,ROWS,COLUMNS,AXIS,SHIFT,SHARED,CLUSTER ... (or backward,... or dx,...: without dweight and dbias): runs
+// these on a device with 132 multiprocessors, in both schedules, and on one with a single multiprocessor. SHIFT:
+// elements between a 16-byte border and the arrays; SHARED: bytes of shared memory a block may have; CLUSTER: blocks a
+// cluster may have. Prints a hash of the results of each; on an error, a value that is wrong, or bits that differ
+// between these runs, a line that says so, and the exit code is 1. All arrays are exactly as large as they must be.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/check.hpp"
+#include "cuda/norms.hpp"
+#include "cuda_on_host/emulator.hpp"
+
+extern "C" {
+[[gnu::weak]] void __asan_poison_memory_region(const volatile void* address, std::size_t size);
+[[gnu::weak]] void __asan_unpoison_memory_region(const volatile void* address, std::size_t size);
+}
+
+namespace {
+
+using namespace lanenorm;
+
+// ---- Arrays ------------------------------------------------------------------------------------------------------
+
+// float32, C order, `shift` elements behind a 16-byte border; NaN until it is filled. The words before the array are
+// closed to it too, as far as ASAN can: by eight bytes.
+class Array {
+ public:
+  Array(std::int64_t rows, std::int64_t columns, int shift = 0)
+      : shape_{rows, columns}, strides_{4 * columns, 4}, memory_(new float[rows * columns + shift]), shift_(shift) {
+    std::memset(memory_.get(), 0xff, static_cast<std::size_t>(rows * columns + shift) * sizeof(float));
+    if (__asan_poison_memory_region != nullptr) __asan_poison_memory_region(memory_.get(), closed());
+  }
+  ~Array() {
+    if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(memory_.get(), closed());
+  }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  std::int64_t size() const { return shape_[0] * shape_[1]; }
+  float* data() const { return memory_.get() + shift_; }
+  float& operator[](std::int64_t i) const { return data()[i]; }
+  View view() const { return {data(), DType::float32, 2, shape_, strides_, true}; }
+
+ private:
+  std::size_t closed() const { return static_cast<std::size_t>(shift_) * sizeof(float) / 8 * 8; }
+
+  std::int64_t shape_[2], strides_[2];
+  std::unique_ptr<float[]> memory_;
+  int shift_;
+};
+
+// The same numbers in every run: uniform in [-1, 1), a linear congruential generator (Knuth's MMIX constants).
+void fill(const Array& array, std::uint64_t seed, float offset) {
+  for (std::int64_t i = 0; i < array.size(); ++i) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    array[i] = offset + static_cast<float>(static_cast<std::int32_t>(seed >> 32)) * 0x1p-31f;
+  }
+}
+
+std::uint64_t bits(const Array& array, std::uint64_t hash) {  // FNV-1a
+  const auto* bytes = reinterpret_cast<const unsigned char*>(array.data());
+  for (std::int64_t i = 0; i < 4 * array.size(); ++i) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+  return hash;
+}
+
+// ---- The operations, once in float64 and once by the kernels -----------------------------------------------------
+
+struct Case {
+  bool backward, param_grads;
+  long long rows, columns;
+  int axis, shift, shared, cluster;
+};
+
+Case parse(const char* text) {
+  Case c;
+  char direction[16];
+  if (std::sscanf(text, "%15[a-z],%lld,%lld,%d,%d,%d,%d", direction, &c.rows, &c.columns, &c.axis, &c.shift, &c.shared,
+                  &c.cluster) != 7) {
+    throw std::runtime_error("not a case");
+  }
+  c.backward = std::strcmp(direction, "forward") != 0;
+  c.param_grads = std::strcmp(direction, "backward") == 0;
+  return c;
+}
+
+constexpr double kEps = 1e-5;
+constexpr float kOffset = 100.0f;
+
+void expect(const char* what, const Array& got, std::int64_t i, double exact, double scale) {
+  // 16 u of the scale: twice the promise, since this is to see faults
+  if (std::fabs(static_cast<double>(got[i]) - exact) <= 0x1p-20 * scale) return;
+  char text[200];
+  std::snprintf(text, sizeof text, "wrong: %s[%lld] is %.9g, expected %.9g", what, static_cast<long long>(i),
+                static_cast<double>(got[i]), exact);
+  throw std::runtime_error(text);
+}
+
+// One run of a case; the hash of all results.
+std::uint64_t run(const Case& c) {
+  const std::int64_t count = c.axis == 1 ? c.columns : c.rows, slices = c.axis == 1 ? c.rows : c.columns;
+  const auto at = [&](std::int64_t slice, std::int64_t i) {
+    return c.axis == 1 ? slice * c.columns + i : i * c.columns + slice;
+  };
+  const std::int64_t axis = c.axis;
+  const AxisList axes{&axis, 1};
+  const Array x(c.rows, c.columns, c.shift), y(c.rows, c.columns, c.shift), dy(c.rows, c.columns, c.shift);
+  const Array weight(1, count, c.shift), bias(1, count, c.shift), dweight(1, count), dbias(1, count);
+  const Array mean(c.axis == 1 ? slices : 1, c.axis == 1 ? 1 : slices);
+  const Array rstd(c.axis == 1 ? slices : 1, c.axis == 1 ? 1 : slices);
+  fill(x, 1, kOffset);
+  fill(dy, 2, 0.0f);
+  fill(weight, 3, 0.0f);
+  fill(bias, 4, 0.0f);
+  const View weights{weight.data(), DType::float32, 1, &count, weight.view().strides + 1, true};
+  const View biases{bias.data(), DType::float32, 1, &count, bias.view().strides + 1, true};
+
+  std::vector<double> means(static_cast<std::size_t>(slices)), rstds(means);
+  for (std::int64_t s = 0; s < slices; ++s) {
+    double sum = 0, squares = 0;
+    for (std::int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[at(s, i)]);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double d = static_cast<double>(x[at(s, i)]) - sum / static_cast<double>(count);
+      squares += d * d;
+    }
+    means[static_cast<std::size_t>(s)] = sum / static_cast<double>(count);
+    rstds[static_cast<std::size_t>(s)] = 1.0 / std::sqrt(squares / static_cast<double>(count) + kEps);
+  }
+
+  on_host::Workspace workspace;
+  cuda::Context context{};
+  context.state = &workspace;
+  context.allocate = [](void* state, std::size_t bytes) {
+    return static_cast<on_host::Workspace*>(state)->allocate(bytes);
+  };
+  Args args;
+  const View vx = x.view(), vdy = dy.view(), vmean = mean.view(), vrstd = rstd.view();
+  if (!c.backward) {
+    check_layer_norm_forward("layer_norm_forward", vx, &weights, &biases, axes, kEps, nullptr, &args);
+    args.y = y.data();
+    attach_statistics(vx, vmean, vrstd, &args);
+    cuda::layer_norm_forward(args, context);
+    for (std::int64_t s = 0; s < slices; ++s) {
+      const double m = means[static_cast<std::size_t>(s)], r = rstds[static_cast<std::size_t>(s)];
+      expect("mean", mean, s, m, std::fabs(m));
+      expect("rstd", rstd, s, r, r);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const double normalized = (static_cast<double>(x[at(s, i)]) - m) * r;
+        const double w = static_cast<double>(weight[i]), b = static_cast<double>(bias[i]);
+        expect("y", y, at(s, i), normalized * w + b, 1.0 + std::fabs(normalized));
+      }
+    }
+    return bits(rstd, bits(mean, bits(y, 0xcbf29ce484222325u)));
+  }
+
+  for (std::int64_t s = 0; s < slices; ++s) {
+    mean[s] = static_cast<float>(means[static_cast<std::size_t>(s)]);
+    rstd[s] = static_cast<float>(rstds[static_cast<std::size_t>(s)]);
+  }
+  check_layer_norm_backward("layer_norm_backward", vdy, vx, vmean, vrstd, &weights, axes, nullptr, &args);
+  args.y = y.data();
+  const View dweights{dweight.data(), DType::float32, 1, &count, weights.strides, true};
+  const View dbiases{dbias.data(), DType::float32, 1, &count, weights.strides, true};
+  if (c.param_grads) attach_parameters(vx, dweights, dbiases, &args);
+  cuda::layer_norm_backward(args, context);
+  std::vector<double> weight_sums(static_cast<std::size_t>(count)), bias_sums(weight_sums), terms(weight_sums);
+  for (std::int64_t s = 0; s < slices; ++s) {
+    const double m = means[static_cast<std::size_t>(s)], r = rstds[static_cast<std::size_t>(s)];
+    double g = 0, gx = 0;
+    const auto normalized = [&](std::int64_t i) { return (static_cast<double>(x[at(s, i)]) - m) * r; };
+    const auto gradient = [&](std::int64_t i) {
+      return static_cast<double>(dy[at(s, i)]) * static_cast<double>(weight[i]);
+    };
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto k = static_cast<std::size_t>(i);
+      const double d = static_cast<double>(dy[at(s, i)]);
+      g += gradient(i);
+      gx += gradient(i) * normalized(i);
+      weight_sums[k] += d * normalized(i);
+      bias_sums[k] += d;
+      terms[k] += std::fabs(d) * (1.0 + std::fabs(normalized(i)));
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double n = static_cast<double>(count);
+      expect("dx", y, at(s, i), r * (gradient(i) - g / n - normalized(i) * gx / n), r);
+    }
+  }
+  for (std::int64_t i = 0; i < count && c.param_grads; ++i) {
+    const auto k = static_cast<std::size_t>(i);
+    expect("dweight", dweight, i, weight_sums[k], terms[k]);
+    expect("dbias", dbias, i, bias_sums[k], terms[k]);
+  }
+  return bits(dbias, bits(dweight, bits(y, 0xcbf29ce484222325u)));
+}
+
+struct Run {
+  int multiprocessors;
+  on_host::Schedule schedule;
+};
+constexpr Run kRuns[] = {
+    {132, on_host::Schedule::forward}, {132, on_host::Schedule::reversed}, {1, on_host::Schedule::forward}};
+
+// The hash of a case; every run has it.
+std::uint64_t run_everywhere(const Case& c) {
+  std::uint64_t first = 0;
+  for (const Run& r : kRuns) {
+    on_host::Device device;
+    device.multiprocessors = r.multiprocessors;
+    device.shared_per_block = c.shared;
+    device.max_cluster = c.cluster;
+    on_host::set_device(device);
+    on_host::set_schedule(r.schedule);
+    const std::uint64_t hash = run(c);
+    if (&r == kRuns) first = hash;
+    if (hash != first) throw std::runtime_error("other bits with another schedule or number of multiprocessors");
+  }
+  return first;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  for (int i = 1; i < count; ++i) {
+    try {
+      const auto hash = static_cast<unsigned long long>(run_everywhere(parse(arguments[i])));
+      std::printf("%s %016llx\n", arguments[i], hash);
+    } catch (const std::exception& error) {
+      std::printf("%s %s\n", arguments[i], error.what());
+      return 1;
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,403 @@
+"""Faults seeded into copies of the CUDA kernels: the emulation has to catch every one.
+
+A fault is a replacement of text. The changed kernels are built for float32 alone, with AddressSanitizer or with
+ThreadSanitizer, and run the cases that reach them (cuda_on_host/cases.cpp). Caught is what ends in an error of the
+emulator, a sanitizer's report, a wrong value, or other bits than the kernels give as they are. Those pass the same
+runs.
+"""
+
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pytest
+from cuda_on_host.build import HERE, PROCESSES, ROOT, Builder, compiler, execute
+
+pytestmark = pytest.mark.cuda_on_host
+
+ADDRESS, THREAD = "address", "thread"
+# Compiling is most of the time. TSAN runs too long without optimization.
+FLAGS = {ADDRESS: ("-O0", "-fno-sanitize=undefined", "-w"), THREAD: ("-w",)}
+
+# --- The cases --------------------------------------------------------------------------------------------------------
+
+# Shared memory of a block: that of an H200; room for one piece of a long row, so that two make a cluster; for none, so
+# that it is streamed.
+H200, ONE_PIECE, NO_PIECE = 232448, 48 << 10, 4 << 10
+
+
+def case(direction, rows, columns, axis=1, shift=0, shared=H200, cluster=16):
+    """For cuda_on_host/cases.cpp."""
+    return f"{direction},{rows},{columns},{axis},{shift},{shared},{cluster}"
+
+
+# The smallest that reach every line: odd lengths, addresses within a word, more work than one multiprocessor takes at a
+# time, chunks of several rows.
+GROUP = (case("forward", 205, 31), case("forward", 36, 99, shift=2))
+BLOCK = (case("forward", 9, 1501), case("forward", 3, 5003, shift=3))
+RESIDENT = (case("forward", 3, 9001, shared=ONE_PIECE), case("forward", 2, 9001, shift=3, shared=ONE_PIECE))
+STREAMED = (case("forward", 5, 9001, shared=NO_PIECE),)
+COLUMNS = (case("forward", 70, 641, axis=0),)
+COLUMNS_STREAMED = (case("forward", 520, 150, axis=0),)
+BACKWARD_GROUP = (case("backward", 108, 99),)
+BACKWARD_BLOCK = (case("dx", 24, 517),)
+BACKWARD_CLUSTER = (case("dx", 12, 4103),)
+BACKWARD_SLABS = (case("dx", 5, 4103, cluster=1),)
+BACKWARD_COLUMNS = (case("backward", 70, 641, axis=0),)
+BACKWARD_COLUMNS_STREAMED = (case("backward", 520, 150, axis=0),)
+
+# --- The faults -------------------------------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """In a file of cuda/, `old` becomes `new`; spaces and line ends are alike in `old`, which stands there once."""
+
+    old: str
+    new: str
+    sanitizer: str
+    caught: str  # what has to be reported: a regular expression
+    cases: tuple
+
+
+RACE = "data race"
+OVERRUN = "heap-buffer-overflow"
+WRONG = "wrong: "
+BARRIER = "device::sync_block();"
+CLUSTER_BARRIER = "device::sync_cluster();"
+
+FAULTS = {
+    "load.cuh": {
+        "last word read whole": Fault(
+            "if (at + 16 <= bytes) return device::load_words_streaming",
+            "if (at < bytes) return device::load_words_streaming",
+            *(ADDRESS, OVERRUN, GROUP),
+        ),
+        "last word written whole": Fault(
+            "if (at + 16 <= bytes) { device::store_words_streaming",
+            "if (at < bytes) { device::store_words_streaming",
+            *(ADDRESS, OVERRUN, GROUP),
+        ),
+        "one element beyond the tail read": Fault(
+            "if (at < bytes) elements.value", "if (at <= bytes) elements.value", ADDRESS, OVERRUN, GROUP
+        ),
+        "one element beyond the tail written": Fault(
+            "if (begin <= at && at < end)", "if (begin <= at && at <= end)", ADDRESS, OVERRUN, GROUP
+        ),
+        "last element not written": Fault(
+            "store_edge<T>(run + at, 0, bytes - at, data[v]);",
+            "store_edge<T>(run + at, 0, bytes - at - 4, data[v]);",
+            *(ADDRESS, WRONG, GROUP),
+        ),
+        "unaligned word read beyond the run": Fault(
+            "at >= shift && at - shift + 32 <= bytes",
+            "at >= shift && at - shift + 16 <= bytes",
+            *(ADDRESS, OVERRUN, GROUP),
+        ),
+        "unaligned word read before the run": Fault(
+            "at >= shift && at - shift + 32 <= bytes", "at - shift + 32 <= bytes", ADDRESS, "use-after-poison", GROUP
+        ),
+        "unaligned words joined the wrong way": Fault(
+            "funnel(before, data[v], 16 - shift)", "funnel(before, data[v], shift)", ADDRESS, WRONG, GROUP
+        ),
+        "neighbour's word from the wrong lane": Fault(
+            "(lane + L - 1) % L, L);", "(lane + L - 2) % L, L);", ADDRESS, WRONG, GROUP
+        ),
+    },
+    "reduce.cuh": {
+        "mask of the whole warp for a part of it": Fault(
+            "return (device::kAllLanes >> (32 - L)) << (threadIdx.x % 32u / L * L);",
+            "return device::kAllLanes;",
+            *(ADDRESS, "exits, but thread|has exited| meets ", GROUP),
+        ),
+        "mask one lane short": Fault("(32 - L)) <<", "(33 - L)) <<", ADDRESS, "not in it|not in mask", GROUP),
+        "one step of the fold missing": Fault(
+            "offset < width; offset *= 2", "offset < width / 2; offset *= 2", ADDRESS, WRONG, GROUP
+        ),
+        "fold beyond the group": Fault(
+            "offset < width; offset *= 2", "offset <= width; offset *= 2", ADDRESS, "shuffle_xor by 8 within 8", GROUP
+        ),
+        "no barrier between the warps of a block": Fault(BARRIER, "", THREAD, RACE, BLOCK),
+        "scratch of warps that are not there": Fault(
+            "place < warps ? scratch[place] : M{}", "scratch[place]", ADDRESS, WRONG, BLOCK
+        ),
+    },
+    "row_norm.cuh": {
+        "tail counted in the moments": Fault("if (left < E) {", "if (left < 0) {", ADDRESS, WRONG, GROUP),
+        "row after the last one read": Fault(
+            "if (next_row < a.rows) load_run", "if (next_row <= a.rows) load_run", ADDRESS, OVERRUN, GROUP
+        ),
+        "every other row left out": Fault(
+            "next_row = row + groups;", "next_row = row + groups + 1;", ADDRESS, WRONG, GROUP
+        ),
+        "rows written by two blocks": Fault(
+            "groups = std::int64_t{gridDim.x} * (blockDim.x / L);",
+            "groups = std::int64_t{gridDim.x} * (blockDim.x / L) - 1;",
+            *(THREAD, RACE, GROUP),
+        ),
+        "scratch of the row before used again": Fault("parity ^= 1;", "", THREAD, RACE, BLOCK),
+    },
+    "choose.cpp": {
+        "row cut into shares that are too small": Fault(
+            "32 * ceil_div(words, 32 * block.warps)", "32 * (words / (32 * block.warps))", ADDRESS, WRONG, BLOCK
+        ),
+        "last strip of columns left out": Fault(
+            "ceil_div(plan.inner * size(dtype), 32 * kWord)",
+            "plan.inner * size(dtype) / (32 * kWord)",
+            *(ADDRESS, WRONG, COLUMNS),
+        ),
+        "last piece of columns left out": Fault(
+            "ceil_div(plan.reduced, kPieceRows)", "plan.reduced / kPieceRows", ADDRESS, WRONG, COLUMNS_STREAMED
+        ),
+    },
+    "row_norm_long.cuh": {
+        "no wait for the copy": Fault(
+            "device::copy_wait<0>();", "", ADDRESS, "wrong: |exits without waiting", RESIDENT
+        ),
+        "copies not committed": Fault("device::copy_commit();", "", ADDRESS, "wrong: |exits without", RESIDENT),
+        "wait for all copies but the latest": Fault(
+            "copy_wait<0>()", "copy_wait<1>()", ADDRESS, "wrong: |exits without", RESIDENT
+        ),
+        "no barrier behind the copy": Fault(f"{BARRIER} Words data[V];", "Words data[V];", THREAD, RACE, RESIDENT[:1]),
+        "no barrier before the pieces are folded": Fault(
+            f"{BARRIER} if (warp < pieces)", "if (warp < pieces)", THREAD, RACE, RESIDENT
+        ),
+        "no barrier before the next row is copied": Fault(
+            f"{BARRIER} // the image is read", "", THREAD, RACE, RESIDENT
+        ),
+        "no cluster barrier before the exchange": Fault(
+            f"{CLUSTER_BARRIER} const Counted total",
+            "const Counted total",
+            *(THREAD, "before the first sync_cluster", RESIDENT[:1]),
+        ),
+        "no cluster barrier behind the exchange": Fault(
+            f"{CLUSTER_BARRIER} // the other blocks have read", "", THREAD, "data race|has exited", RESIDENT[:1]
+        ),
+        "last words copied whole": Fault("bytes - at < 16 ? bytes - at : 16", "16", ADDRESS, OVERRUN, RESIDENT),
+        "unaligned first word copied whole": Fault(
+            "if (at < 0) {", "if (false) {", ADDRESS, "use-after-poison", RESIDENT
+        ),
+        "image one piece too small": Fault(
+            "static_cast<std::size_t>(pieces_per_block) * cuda::kPieceBytes",
+            "static_cast<std::size_t>(pieces_per_block - 1) * cuda::kPieceBytes",
+            *(ADDRESS, OVERRUN, RESIDENT),
+        ),
+        "rows strided by blocks, not clusters": Fault(
+            "row += clusters)", "row += gridDim.x)", ADDRESS, WRONG, RESIDENT
+        ),
+        "moments of a piece not written": Fault(
+            "if (threadIdx.x == 0) moments[", "if (threadIdx.x == 0 && unit != 1) moments[", ADDRESS, WRONG, STREAMED
+        ),
+        "scratch of the piece before used again": Fault("parity ^= 1;", "", THREAD, RACE, STREAMED),
+        "last piece not written": Fault("left > 0;", "left > 1;", ADDRESS, WRONG, STREAMED),
+    },
+    "row_gradient.cuh": {
+        "tail counted in the sums": Fault("if (left < E) {", "if (left < 0) {", ADDRESS, WRONG, BACKWARD_GROUP),
+        "rows of a chunk left out": Fault(
+            "next = row + kGroups;", "next = row + kGroups + 1;", ADDRESS, WRONG, BACKWARD_GROUP
+        ),
+        "no barrier before the groups are folded": Fault(
+            f"{BARRIER} C* partial", "C* partial", THREAD, RACE, BACKWARD_GROUP
+        ),
+        "no barrier before the next chunk": Fault(
+            f"= static_cast<C>(total); }} {BARRIER}", "= static_cast<C>(total); }", THREAD, RACE, BACKWARD_GROUP
+        ),
+        "partial of the last column not written": Fault(
+            "if (column >= count) continue;", "if (column >= count - 1) continue;", ADDRESS, WRONG, BACKWARD_GROUP
+        ),
+        "chunks left out of the fold": Fault(
+            "each = (a.chunks + kFoldRows - 1) / kFoldRows",
+            "each = a.chunks / kFoldRows",
+            *(ADDRESS, WRONG, BACKWARD_GROUP),
+        ),
+        "no barrier in the fold of the chunks": Fault(
+            f"{BARRIER} if (part == 0", "if (part == 0", THREAD, RACE, BACKWARD_GROUP
+        ),
+        "no barrier before the next columns are folded": Fault(
+            f"static_cast<T>(total); }} }} {BARRIER}", "static_cast<T>(total); } }", THREAD, RACE, BACKWARD_GROUP
+        ),
+        "scratch of the row before used again": Fault(
+            "parity ^= 1; row_sums", "row_sums", THREAD, RACE, BACKWARD_BLOCK
+        ),
+        "no cluster barrier before the slabs are folded": Fault(
+            f"{CLUSTER_BARRIER} return fold_places",
+            "return fold_places",
+            *(THREAD, "before the first sync_cluster", BACKWARD_CLUSTER),
+        ),
+        "no cluster barrier at the end": Fault(
+            f"{CLUSTER_BARRIER} // the other blocks",
+            "// the other blocks",
+            THREAD,
+            "data race|has exited",
+            BACKWARD_CLUSTER,
+        ),
+        "sums of a slab not written": Fault(
+            "if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[unit] = sums;",
+            "if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[unit / 2 * 2] = sums;",
+            *(ADDRESS, WRONG, BACKWARD_SLABS),
+        ),
+    },
+    "column_norm.cuh": {
+        "no barrier before the warps of a piece are folded": Fault(
+            f"{BARRIER} Counted total{{}};", "Counted total{};", THREAD, RACE, COLUMNS
+        ),
+        "no barrier behind the fold": Fault(f"{BARRIER} return total;", "return total;", THREAD, RACE, COLUMNS),
+        "no barrier before the normalizers are read": Fault(
+            f"{BARRIER} Normalizer<C> n[E] = {{}};", "Normalizer<C> n[E] = {};", THREAD, RACE, COLUMNS
+        ),
+        "no barrier before the next piece": Fault(
+            f"{BARRIER} // the next piece overwrites them", "", THREAD, RACE, COLUMNS
+        ),
+        "one row too many": Fault(
+            "const std::int64_t rest = a.rows - first_row;",
+            "const std::int64_t rest = a.rows - first_row + 1;",
+            *(ADDRESS, OVERRUN, COLUMNS),
+        ),
+        "moments of a piece not written": Fault(
+            "if (mine) moments[place] = m;",
+            "if (mine && p.piece == 0) moments[place] = m;",
+            ADDRESS,
+            WRONG,
+            COLUMNS_STREAMED,
+        ),
+    },
+    "column_gradient.cuh": {
+        "no barrier before the warps of a piece are folded": Fault(
+            f"{BARRIER} GradientSums total{{}};", "GradientSums total{};", THREAD, RACE, BACKWARD_COLUMNS
+        ),
+        "no barrier behind the fold": Fault(
+            f"{BARRIER} return total;", "return total;", THREAD, RACE, BACKWARD_COLUMNS
+        ),
+        "scratch of warps without rows": Fault(
+            "if (rows_of_warp<T>(a, p, w) == 0) return GradientSums{};", "", ADDRESS, WRONG, BACKWARD_COLUMNS
+        ),
+        "no barrier before the constants are read": Fault(
+            f"{BARRIER} #pragma unroll", "\n#pragma unroll", THREAD, RACE, BACKWARD_COLUMNS
+        ),
+        "no barrier before the next piece": Fault(
+            f"{BARRIER} // the next piece overwrites them", "", THREAD, RACE, BACKWARD_COLUMNS
+        ),
+        "strips share their part of dweight": Fault(
+            "(p.matrix * a.strips + p.strip) * 2", "(p.matrix * a.strips) * 2", ADDRESS, WRONG, BACKWARD_COLUMNS
+        ),
+        "sums of a piece not written": Fault(
+            "if (static_cast<int>(threadIdx.x) < p.columns) { static_cast<GradientSums*>",
+            "if (static_cast<int>(threadIdx.x) < p.columns && p.piece == 0) { static_cast<GradientSums*>",
+            *(ADDRESS, WRONG, BACKWARD_COLUMNS_STREAMED),
+        ),
+    },
+}
+NAMES = [(file, name) for file, faults in FAULTS.items() for name in faults]
+
+# --- Building and running ---------------------------------------------------------------------------------------------
+
+
+def replaced(path, old, new):
+    """Replace what stands once in a file."""
+    pattern = re.compile(r"\s+".join(re.escape(word) for word in old.split()))
+    text, count = pattern.subn(lambda _: new, path.read_text())
+    assert count == 1, f"{path.name} has this {count} times: {old}"
+    path.write_text(text)
+
+
+def copy_of_sources(folder):
+    """The kernels and what they include, for float32 alone: a quarter of the time. Small arrays have chunks of rows."""
+    for name in ("cuda", "cpp/core", "cpp/cpu"):
+        shutil.copytree(ROOT / name, folder / name)
+    for dtype in ("float16", "bfloat16", "float64"):
+        for unit in folder.glob(f"cuda/*_{dtype}.cu"):
+            unit.unlink()
+        case = f"case DType::{dtype}: return f(TypeTag<{dtype.title().replace('Bf', 'BF')}>{{}});"
+        replaced(folder / "cpp/core/dtype.hpp", "case DType::float64: break;" if dtype == "float64" else case, "")
+    replaced(folder / "cpp/core/dtype.hpp", "} return f(TypeTag<double>{});", "default: return f(TypeTag<float>{}); }")
+    replaced(folder / "cuda/choose.cpp", "kWantedChunks = 256;", "kWantedChunks = 12;")
+    return folder
+
+
+def run_cases(builder, cases):
+    """The completed process of the cases."""
+    return execute(builder.program(HERE / "cases.cpp", *builder.kernels()), *cases)
+
+
+def outcome(file, name, tree, folder):
+    """The completed process of a fault in a copy of `tree`, or the error on the way there."""
+    fault = FAULTS[file][name]
+    builder = Builder(shutil.copytree(tree, folder), fault.sanitizer, FLAGS[fault.sanitizer])
+    try:
+        replaced(folder / "cuda" / file, fault.old, fault.new)
+        return run_cases(builder, fault.cases)
+    except (AssertionError, RuntimeError) as error:
+        return error
+    finally:  # nobody needs them again
+        shutil.rmtree(folder)
+        for path in builder.made:
+            path.unlink()
+
+
+def all_cases(sanitizer):
+    faults = [fault for of_file in FAULTS.values() for fault in of_file.values()]
+    return sorted({case for fault in faults if fault.sanitizer == sanitizer for case in fault.cases})
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """What the tests of this file need."""
+    if "LD_PRELOAD" in os.environ:
+        pytest.skip("a sanitizer is in this process already")
+    if compiler() is None:
+        pytest.skip("no g++ here")
+
+
+@pytest.fixture(scope="module")
+def tree(tools, tmp_path_factory):
+    """The kernels as they are."""
+    return copy_of_sources(tmp_path_factory.mktemp("unchanged"))
+
+
+@pytest.fixture(scope="module")
+def unchanged(tree):
+    """What the cases do with them."""
+    results = {s: run_cases(Builder(tree, s, FLAGS[s]), all_cases(s)) for s in FLAGS}
+    if "unexpected memory mapping" in results[THREAD].stderr:
+        pytest.skip("this TSAN cannot run with this kernel's address randomization")
+    return results
+
+
+@pytest.fixture(scope="module")
+def outcomes(unchanged, tree, tmp_path_factory, request):
+    """What became of the faults that this session asks for, several at once."""
+    folder = tmp_path_factory.mktemp("faults")
+    items = [item for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())]
+    asked = [(item.callspec.params["file"], item.callspec.params["name"]) for item in items]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        results = pool.map(lambda i: outcome(*asked[i], tree, folder / str(i)), range(len(asked)))
+        return dict(zip(asked, results, strict=True))
+
+
+@pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD])
+def test_unchanged_kernels_pass(unchanged, sanitizer):
+    done = unchanged[sanitizer]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == len(all_cases(sanitizer))
+    assert not done.stderr
+
+
+def test_unchanged_kernels_have_no_undefined_behaviour(tree):
+    done = run_cases(Builder(tree, ADDRESS, ("-O0",)), all_cases(ADDRESS))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("file", "name"), NAMES)
+def test_fault_is_caught(unchanged, outcomes, file, name):
+    done, fault = outcomes[file, name], FAULTS[file][name]
+    if isinstance(done, Exception):
+        raise done
+    expected = set(unchanged[fault.sanitizer].stdout.splitlines())
+    other_bits = [line for line in done.stdout.splitlines() if line not in expected]
+    assert done.returncode != 0 or other_bits, "not caught"
+    assert re.search(fault.caught, done.stdout + done.stderr), done.stdout + done.stderr
+
+
+def test_there_are_enough_faults():
+    assert len(NAMES) >= 20
