@@ -1,5 +1,6 @@
 """Threads, instruction sets, environment, command line, and what an import brings in."""
 
+import hashlib
 import os
 import re
 
@@ -178,6 +179,28 @@ def test_command_check(run_python):
                 for dtype in ("float16", "float32", "float64"):
                     assert re.search(rf"^{isa} +{norm} +{direction} +{dtype} +ok\b", out, re.M), out
     assert "FAILED" not in out
+
+
+def test_command_check_takes_arrays_to_the_gpu_and_back(capsys):
+    """With a stand-in for CuPy that says what it is asked."""
+    from lanenorm import check
+
+    class CuPy:
+        taken, returned = 0, 0
+
+        def asarray(self, array):
+            self.taken += 1
+            return array
+
+        def asnumpy(self, array):
+            self.returned += 1
+            return array
+
+    cupy = CuPy()
+    layer = [case for case in check.cases(np.dtype(np.float32), 0.0) if case.norm == "layer_norm"]
+    assert check.check_isa("cuda", layer, hashlib.sha256(), cupy)
+    assert (cupy.taken, cupy.returned) == (3 * len(layer), 4 * len(layer))
+    assert re.search(r"^cuda +layer_norm +backward +float32 +ok\b", capsys.readouterr().out, re.M)
 
 
 def test_command_check_fails_where_a_kernel_is_wrong(run_python):

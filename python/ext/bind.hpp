@@ -1,7 +1,18 @@
-// The Python face of the operations: one template for every device. Objects become Views, core/check.hpp checks them,
-// outputs are allocated, the GIL is released, the operation runs. No arithmetic, no branch on shape.
+// The Python face of the operations: one template for every array library and device. Objects become Views,
+// core/check.hpp checks them, outputs are allocated, the GIL is released, the operation runs. No arithmetic, no branch
+// on shape.
 //
-// Device supplies the array class: cast, dtype, view, empty, and the five operations on Args.
+// Device is what a module supplies:
+//
+//   Array                                a py::object, with whatever a View of it borrows
+//   static Array cast(object, operation, argument)       or errors::wrong_kind
+//   static py::dtype dtype(array)
+//   static View view(array, dtype)
+//   Device(operation, x)                 made once a call, after its checks and before anything is allocated; on a GPU
+//                                        it makes the device of x current until it is destroyed
+//   Array empty(dtype, shape, axes, strides) const       strides null: C order
+//   void layer_norm_forward(args) const, ...             the operations that the module binds
+//   static constexpr std::int64_t kKeepGil               see run
 //
 // What layer_norm(x, weight, bias) of 1 x 768 float32 costs from Python, 1.24 us on a Zen 4 (perf, 3 million calls):
 //
@@ -30,7 +41,6 @@
 
 #include "core/check.hpp"
 #include "core/errors.hpp"
-#include "cpu/parallel.hpp"
 
 namespace py = pybind11;
 
@@ -151,9 +161,6 @@ inline double number_of(const char* operation, const char* name, const py::handl
 
 // ---- running -----------------------------------------------------------------------------------------------------
 
-// Releasing and taking the GIL costs 60 ns; below this many elements (about 5 us of work) it is kept.
-inline constexpr std::int64_t kKeepGil = 16384;
-
 // take() is to get the GIL. Before Python 3.14 a daemon thread that asks for it while the interpreter ends is unwound
 // where it stands, through C++ that other threads may still work for. It sleeps here until the process is gone, as
 // Python 3.14 makes it do. (Nothing else is ever caught here: that unwinding stops for catch (...), but for good only
@@ -167,17 +174,18 @@ auto take_gil(Take&& take) {
   }
 }
 
-// Not pybind11's gil_scoped_release: its destructor ends the process where that unwinding passes.
-template <class F>
-void run(const lanenorm::Args& args, F&& operation) {
-  if (args.plan.elements < kKeepGil) {
-    operation(args);
+// Below Device::kKeepGil elements the GIL is kept. Not pybind11's gil_scoped_release: its destructor ends the process
+// where that unwinding passes.
+template <class Device>
+void run(const Device& device, const lanenorm::Args& args, void (Device::*operation)(const lanenorm::Args&) const) {
+  if (args.plan.elements < Device::kKeepGil) {
+    (device.*operation)(args);
     return;
   }
   PyThreadState* thread = PyEval_SaveThread();
   std::exception_ptr error;
   try {
-    operation(args);
+    (device.*operation)(args);
   } catch (...) {
     error = std::current_exception();
   }
@@ -187,15 +195,16 @@ void run(const lanenorm::Args& args, F&& operation) {
 
 // y, or dx: `out` where it was given.
 template <class Device>
-typename Device::Array output(const Argument<Device>& x, const OptionalArgument<Device>& out, lanenorm::Args* args) {
+py::object output(const Device& device, const Argument<Device>& x, const OptionalArgument<Device>& out,
+                  lanenorm::Args* args) {
   if (out.given) return out.given->array;
-  auto y = Device::empty(Device::dtype(x.array), x.view.shape, x.view.axes, args->y_strides);
+  auto y = device.empty(Device::dtype(x.array), x.view.shape, x.view.axes, args->y_strides);
   args->y = Device::view(y, x.view.dtype).data;
-  return y;
+  return std::move(y);
 }
 
 template <class Device>
-std::pair<typename Device::Array, typename Device::Array> statistics(const Argument<Device>& x, lanenorm::Args* args) {
+std::pair<py::object, py::object> statistics(const Device& device, const Argument<Device>& x, lanenorm::Args* args) {
   std::int64_t shape[lanenorm::kMaxAxes];
   int axes = 0;
   const bool keep = args->plan.affine == lanenorm::Affine::per_element;
@@ -207,8 +216,8 @@ std::pair<typename Device::Array, typename Device::Array> statistics(const Argum
     }
   }
   const py::dtype dtype = numpy_statistics_dtype(x.view.dtype);
-  auto mean = Device::empty(dtype, shape, axes, nullptr);
-  auto rstd = Device::empty(dtype, shape, axes, nullptr);
+  auto mean = device.empty(dtype, shape, axes, nullptr);
+  auto rstd = device.empty(dtype, shape, axes, nullptr);
   const lanenorm::DType kind = lanenorm::statistics_dtype(x.view.dtype);
   lanenorm::attach_statistics(x.view, Device::view(mean, kind), Device::view(rstd, kind), args);
   return {std::move(mean), std::move(rstd)};
@@ -216,9 +225,8 @@ std::pair<typename Device::Array, typename Device::Array> statistics(const Argum
 
 // dweight and dbias in the dtype of weight; in the statistics dtype where there is none.
 template <class Device>
-std::pair<typename Device::Array, typename Device::Array> parameter_gradients(const Argument<Device>& x,
-                                                                              const OptionalArgument<Device>& weight,
-                                                                              lanenorm::Args* args) {
+std::pair<py::object, py::object> parameter_gradients(const Device& device, const Argument<Device>& x,
+                                                      const OptionalArgument<Device>& weight, lanenorm::Args* args) {
   std::int64_t shape[lanenorm::kMaxAxes];
   int axes = 0;
   const bool of_reduced = args->plan.affine == lanenorm::Affine::per_element;
@@ -226,23 +234,25 @@ std::pair<typename Device::Array, typename Device::Array> parameter_gradients(co
     if (args->reduced[axis] == of_reduced) shape[axes++] = x.view.shape[axis];
   }
   const py::dtype dtype = weight.given ? Device::dtype(weight.given->array) : numpy_statistics_dtype(x.view.dtype);
-  auto dweight = Device::empty(dtype, shape, axes, nullptr);
-  auto dbias = Device::empty(dtype, shape, axes, nullptr);
+  auto dweight = device.empty(dtype, shape, axes, nullptr);
+  auto dbias = device.empty(dtype, shape, axes, nullptr);
   lanenorm::attach_parameters(x.view, Device::view(dweight, args->parameter_dtype),
                               Device::view(dbias, args->parameter_dtype), args);
   return {std::move(dweight), std::move(dbias)};
 }
 
-template <class Device, class F>
-py::tuple gradients(const Argument<Device>& x, const OptionalArgument<Device>& weight,
-                    const OptionalArgument<Device>& out, bool param_grads, lanenorm::Args* args, F&& operation) {
-  auto dx = output(x, out, args);
+template <class Device>
+py::tuple gradients(const char* name, const Argument<Device>& x, const OptionalArgument<Device>& weight,
+                    const OptionalArgument<Device>& out, bool param_grads, lanenorm::Args* args,
+                    void (Device::*operation)(const lanenorm::Args&) const) {
+  const Device device(name, x.array);
+  auto dx = output(device, x, out, args);
   if (!param_grads) {
-    run(*args, operation);
+    run(device, *args, operation);
     return py::make_tuple(std::move(dx), py::none(), py::none());
   }
-  auto [dweight, dbias] = parameter_gradients(x, weight, args);
-  run(*args, operation);
+  auto [dweight, dbias] = parameter_gradients(device, x, weight, args);
+  run(device, *args, operation);
   return py::make_tuple(std::move(dx), std::move(dweight), std::move(dbias));
 }
 
@@ -257,18 +267,20 @@ struct Operations {
     const char* name = "layer_norm";
     lanenorm::Args args;
     const auto x = layer_norm_args(name, x_, weight_, bias_, axis, eps, out_, &args);
-    auto y = output(x.first, x.second, &args);
-    run(args, Device::layer_norm_forward);
-    return std::move(y);
+    const Device device(name, x.first.array);
+    auto y = output(device, x.first, x.second, &args);
+    run(device, args, &Device::layer_norm_forward);
+    return y;
   }
 
   static py::tuple layer_norm_forward(Object x_, Object weight_, Object bias_, Object axis, Object eps, Object out_) {
     const char* name = "layer_norm_forward";
     lanenorm::Args args;
     const auto x = layer_norm_args(name, x_, weight_, bias_, axis, eps, out_, &args);
-    auto y = output(x.first, x.second, &args);
-    auto [mean, rstd] = statistics(x.first, &args);
-    run(args, Device::layer_norm_forward);
+    const Device device(name, x.first.array);
+    auto y = output(device, x.first, x.second, &args);
+    auto [mean, rstd] = statistics(device, x.first, &args);
+    run(device, args, &Device::layer_norm_forward);
     return py::make_tuple(std::move(y), std::move(mean), std::move(rstd));
   }
 
@@ -285,7 +297,7 @@ struct Operations {
     lanenorm::Args args;
     lanenorm::check_layer_norm_backward(name, dy.view, x.view, mean.view, rstd.view, weight.view(), axes.list(),
                                         out.view(), &args);
-    return gradients(x, weight, out, param_grads, &args, Device::layer_norm_backward);
+    return gradients(name, x, weight, out, param_grads, &args, &Device::layer_norm_backward);
   }
 
   static py::object batch_norm(Object x_, Object running_mean_, Object running_var_, Object weight_, Object bias_,
@@ -301,9 +313,10 @@ struct Operations {
     lanenorm::check_batch_norm_inference(name, x.view, running_mean.view, running_var.view, weight.view(), bias.view(),
                                          axis_of(name, "channel_axis", channel_axis, kInt), number_of(name, "eps", eps),
                                          out.view(), &args);
-    auto y = output(x, out, &args);
-    run(args, Device::batch_norm_inference);
-    return std::move(y);
+    const Device device(name, x.array);
+    auto y = output(device, x, out, &args);
+    run(device, args, &Device::batch_norm_inference);
+    return y;
   }
 
   static py::tuple batch_norm_forward(Object x_, Object weight_, Object bias_, Object running_mean_,
@@ -322,9 +335,10 @@ struct Operations {
                                        running_var.view(), number_of(name, "momentum", momentum),
                                        axis_of(name, "channel_axis", channel_axis, kInt), number_of(name, "eps", eps),
                                        out.view(), &args);
-    auto y = output(x, out, &args);
-    auto [mean, rstd] = statistics(x, &args);
-    run(args, Device::batch_norm_forward);
+    const Device device(name, x.array);
+    auto y = output(device, x, out, &args);
+    auto [mean, rstd] = statistics(device, x, &args);
+    run(device, args, &Device::batch_norm_forward);
     return py::make_tuple(std::move(y), std::move(mean), std::move(rstd));
   }
 
@@ -340,7 +354,7 @@ struct Operations {
     lanenorm::Args args;
     lanenorm::check_batch_norm_backward(name, dy.view, x.view, mean.view, rstd.view, weight.view(),
                                         axis_of(name, "channel_axis", channel_axis, kInt), training, out.view(), &args);
-    return gradients(x, weight, out, param_grads, &args, Device::batch_norm_backward);
+    return gradients(name, x, weight, out, param_grads, &args, &Device::batch_norm_backward);
   }
 
  private:
@@ -360,11 +374,16 @@ struct Operations {
 };
 
 template <class Device>
-void bind_operations(py::module_& m) {
+void bind_layer_norm(py::module_& m) {
   using O = Operations<Device>;
   m.def("layer_norm", &O::layer_norm);
   m.def("layer_norm_forward", &O::layer_norm_forward);
   m.def("layer_norm_backward", &O::layer_norm_backward);
+}
+
+template <class Device>
+void bind_batch_norm(py::module_& m) {
+  using O = Operations<Device>;
   m.def("batch_norm", &O::batch_norm);
   m.def("batch_norm_forward", &O::batch_norm_forward);
   m.def("batch_norm_backward", &O::batch_norm_backward);
@@ -382,9 +401,6 @@ inline void register_errors() {
     } catch (const lanenorm::AxisError& e) {
       const py::object type = py::module_::import("numpy.exceptions").attr("AxisError");
       PyErr_SetObject(type.ptr(), py::str(e.what()).ptr());
-    } catch (const lanenorm::Interrupted&) {
-      // PyErr_CheckSignals already set KeyboardInterrupt, or whatever the handler raised.
-      if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
     }
   });
 }

@@ -55,6 +55,10 @@ class FromPool {
 // How bind.hpp reaches NumPy arrays and the CPU operations.
 struct Cpu {
   using Array = py::array;
+  // Releasing and taking the GIL costs 60 ns; below this many elements (about 5 us of work) it is kept.
+  static constexpr std::int64_t kKeepGil = 16384;
+
+  Cpu(const char* /*operation*/, const Array& /*x*/) {}
 
   static Array cast(const py::handle& object, const char* operation, const char* argument) {
     if (!py::isinstance<py::array>(object)) {
@@ -75,7 +79,7 @@ struct Cpu {
             writable};
   }
 
-  static Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides) {
+  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides) const {
     std::vector<py::ssize_t> s(shape, shape + axes);
     std::size_t bytes = static_cast<std::size_t>(dtype.itemsize());
     for (const py::ssize_t n : s) bytes *= static_cast<std::size_t>(n);
@@ -85,12 +89,23 @@ struct Cpu {
     return py::array(dtype, std::move(s), std::vector<py::ssize_t>(strides, strides + axes));
   }
 
-  static void layer_norm_forward(const lanenorm::Args& args) { lanenorm::layer_norm_forward(args); }
-  static void layer_norm_backward(const lanenorm::Args& args) { lanenorm::layer_norm_backward(args); }
-  static void batch_norm_inference(const lanenorm::Args& args) { lanenorm::batch_norm_inference(args); }
-  static void batch_norm_forward(const lanenorm::Args& args) { lanenorm::batch_norm_forward(args); }
-  static void batch_norm_backward(const lanenorm::Args& args) { lanenorm::batch_norm_backward(args); }
+  void layer_norm_forward(const lanenorm::Args& args) const { lanenorm::layer_norm_forward(args); }
+  void layer_norm_backward(const lanenorm::Args& args) const { lanenorm::layer_norm_backward(args); }
+  void batch_norm_inference(const lanenorm::Args& args) const { lanenorm::batch_norm_inference(args); }
+  void batch_norm_forward(const lanenorm::Args& args) const { lanenorm::batch_norm_forward(args); }
+  void batch_norm_backward(const lanenorm::Args& args) const { lanenorm::batch_norm_backward(args); }
 };
+
+// PyErr_CheckSignals already set KeyboardInterrupt, or whatever the handler raised.
+void register_interrupt() {
+  py::register_local_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const lanenorm::Interrupted&) {
+      if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
+    }
+  });
+}
 
 // Ctrl-C: called about every 50 ms by a thread that waits in a kernel.
 bool interrupted() {
@@ -137,7 +152,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Batch and layer normalization of NumPy arrays; use lanenorm's functions instead.";
   if (import_numpy() < 0) throw py::error_already_set();
   register_errors();
-  bind_operations<Cpu>(m);
+  register_interrupt();
+  bind_layer_norm<Cpu>(m);
+  bind_batch_norm<Cpu>(m);
   lanenorm::set_interrupt_hook(interrupted);
   m.def("get_num_threads", &lanenorm::get_num_threads);
   m.def("set_num_threads", &lanenorm::set_num_threads, py::pos_only(), py::arg("n"));

@@ -1,4 +1,4 @@
-"""Batch and layer normalization for NumPy arrays, forward and backward.
+"""Batch and layer normalization for NumPy arrays, layer normalization for CuPy arrays, forward and backward.
 
 The operations are functions of arrays (`layer_norm`, `batch_norm` and their `_forward` and `_backward`); `LayerNorm`
 and `BatchNorm` are layers that keep parameters and running statistics. Names are PyTorch's, array behaviour is

@@ -1,15 +1,18 @@
 """Array libraries: which one a call belongs to, and what serves it.
 
-This is the only place that knows kinds of arrays, and the only one that would import CuPy. It never imports it first:
-a CuPy array can only exist where CuPy is already in `sys.modules`. Everything about dtype, shape and memory is
-checked in C++.
+This is the only place that knows kinds of arrays. It never imports CuPy: a CuPy array can only exist where CuPy is
+already in `sys.modules`. The CUDA kernels (`lanenorm._cuda`) are loaded when the first one arrives. Everything about
+dtype, shape and memory is checked in C++.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import sys
 from types import NoneType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,10 +28,12 @@ OPTIONAL_NDARRAY = frozenset((np.ndarray, NoneType))
 class Backend(NamedTuple):
     """What serves the arrays of one library."""
 
-    module: Any  # the extension module with the six operations
+    module: Any  # the extension module with the operations
 
 
 CPU = Backend(_cpu)
+
+# --- Which library ----------------------------------------------------------------------------------------------------
 
 
 def type_name(value: object) -> str:
@@ -61,9 +66,13 @@ def backend(operation: str, required: dict[str, object], optional: dict[str, obj
     Raises
     ------
     TypeError
-        An argument is no array of a known library, or the libraries are mixed.
+        An argument is no array of a known library, the libraries are mixed, or the arrays lie on two devices.
     ImportError
         The arrays are CuPy's and this lanenorm has no CUDA part.
+    RuntimeError
+        The arrays are CuPy's and CUDA does not work here: no driver, a driver too old, no device.
+    NotImplementedError
+        The arrays are CuPy's and the operation has no CUDA kernels.
     """
     given = required | {name: value for name, value in optional.items() if value is not None}
     for name, value in given.items():
@@ -79,19 +88,72 @@ def backend(operation: str, required: dict[str, object], optional: dict[str, obj
                 f"{operation}: {first_name} has type {type_name(first)} and {name} has type {type_name(value)}, "
                 "expected arrays of one library"
             )
-    if is_cupy(first):
-        cuda_missing(f"{operation}: {first_name} has type {type_name(first)}, but ")
-    return CPU
+    return cuda_backend(operation, given) if is_cupy(first) else CPU
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_cuda() -> tuple[Backend | None, str | None]:
+    """The CUDA kernels, and what keeps them from running here.
+
+    Returns
+    -------
+    backend : Backend or None
+        None where they are not in this lanenorm, or cannot be loaded.
+    reason : str or None
+        None where they can be used.
+
+    Notes
+    -----
+    Asked once, at the first CuPy array: it initializes CUDA, which a process forked later cannot use then.
+    """
+    try:
+        cuda = importlib.import_module("lanenorm._cuda")
+    except ModuleNotFoundError:
+        return None, f"lanenorm {_cpu.build_info()['version']} has no CUDA part here (no module lanenorm._cuda)"
+    except ImportError as error:
+        return None, f"the CUDA part of lanenorm, which has to be loaded, cannot be: {error}"
+    return Backend(cuda), cuda.unavailable_reason()
+
+
+def cuda_backend(operation: str, given: dict[str, Any]) -> Backend:
+    """What serves these CuPy arrays; raises as `backend` says."""
+    cuda, reason = load_cuda()
+    name, first = next(iter(given.items()))
+    if reason is not None or cuda is None:
+        start = f"{operation}: {name} has type {type_name(first)}, but {reason}"
+        if cuda is not None:
+            raise RuntimeError(start)
+        raise ImportError(f"{start}; pass NumPy arrays (cupy.asnumpy), or {INSTALL_CUDA}")
+    if not hasattr(cuda.module, operation):
+        there = ", ".join(other for other in dir(cuda.module) if "_norm" in other)
+        raise NotImplementedError(
+            f"{operation}: {name} has type {type_name(first)}, but in this version only {there} have CUDA kernels; "
+            "pass NumPy arrays (cupy.asnumpy)"
+        )
+    device = first.data.device_id
+    for other, value in given.items():
+        if value.data.device_id != device:
+            raise TypeError(
+                f"{operation}: {name} lies on CUDA device {device} and {other} on CUDA device "
+                f"{value.data.device_id}, expected arrays on one device"
+            )
+    return cuda
+
+
+INSTALL_CUDA = (
+    'install a lanenorm that has it: a wheel by pip install --upgrade "lanenorm[cuda13]", or built from source where '
+    "nvcc 13 is (LANENORM_CUDA=ON)"
+)
 
 
 def cuda_reason() -> str | None:
-    """Why CuPy arrays cannot be used here, None where they can."""
-    return f"lanenorm {_cpu.build_info()['version']} has no CUDA part (no module lanenorm._cuda)"
-
-
-def cuda_missing(start: str) -> NoReturn:
-    """Raise ImportError: which part is missing, and what to do about it."""
-    raise ImportError(
-        f"{start}{cuda_reason()}; pass NumPy arrays (cupy.asnumpy), or install a lanenorm that has one: "
-        'pip install --upgrade "lanenorm[cuda13]"'
-    )
+    """Why CuPy arrays cannot be used here and what to do about it, None where they can."""
+    cuda, reason = load_cuda()
+    if cuda is None:
+        return f"{reason}; {INSTALL_CUDA}"
+    if reason is None and sys.modules.get("cupy") is None and importlib.util.find_spec("cupy") is None:
+        return 'CUDA works, but CuPy is not installed: pip install "lanenorm[cuda13]"'
+    return reason

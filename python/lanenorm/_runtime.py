@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lanenorm import _cpu
-from lanenorm._arrays import cuda_reason, type_name
+from lanenorm._arrays import cuda_reason, load_cuda, type_name
 
 # --- Threads ----------------------------------------------------------------------------------------------------------
 
@@ -305,7 +305,12 @@ def cuda_available() -> bool:
     Returns
     -------
     bool
-        False in this version: it has no CUDA kernels. `cuda_unavailable_reason` says why.
+        False where lanenorm was built without CUDA kernels, where there is no NVIDIA driver of CUDA 13 (r580) or no
+        GPU, and where CuPy is not installed. `cuda_unavailable_reason` says which.
+
+    Notes
+    -----
+    The first call initializes CUDA: a process forked afterwards cannot use it.
 
     Examples
     --------
@@ -339,6 +344,15 @@ def _current_isa() -> str:
         return _cpu.current_isa()
     except ValueError as error:  # LANENORM_ISA names none: what show_runtime is there to find out
         return str(error)
+
+
+def _cuda_line() -> str:
+    cuda, _ = load_cuda()
+    reason = cuda_reason() or "available"
+    if cuda is None:
+        return reason
+    build = cuda.module.build_info()
+    return f"{reason}; built with CUDA {build['cuda']} for architectures {build['architectures']}"
 
 
 def _optional_version(module: str) -> str:
@@ -376,7 +390,7 @@ def show_runtime() -> None:
         "memory": "{used} bytes in use, {free} kept of at most {limit}".format(**_cpu.pool_use()),
         "environment": ", ".join(f"{name}={value}" for name, value in environment.items())
         or f"none of {', '.join(_ENVIRONMENT)} is set",
-        "CUDA": cuda_reason() or "available",
+        "CUDA": _cuda_line(),
         "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
         "NumPy": np.__version__,
         "ml_dtypes": _optional_version("ml_dtypes"),

@@ -1,9 +1,9 @@
 """Verification of an installation: ``python -m lanenorm check``.
 
-Every usable ISA, both norms, forward and backward, every dtype, against arithmetic that shares nothing with the
-kernels: NumPy in extended precision, two passes, on values shifted by the first element of their slice (a difference
-that is exact where offsets are large). Errors are in units of u, half the distance from 1 to the next number of the
-dtype (2^-24 for float32), and measured as the promise states them:
+Every usable ISA, both norms, forward and backward, every dtype, and where CUDA works layer norm on the GPU, against
+arithmetic that shares nothing with the kernels: NumPy in extended precision, two passes, on values shifted by the first
+element of their slice (a difference that is exact where offsets are large). Errors are in units of u, half the distance
+from 1 to the next number of the dtype (2^-24 for float32), and measured as the promise states them:
 
     y        |y - exact| / max(1, |exact|), without weight and bias
     dx       |dx - exact| / (rstd max(1, max |dy weight| of the slice))
@@ -15,6 +15,7 @@ dtype (2^-24 for float32), and measured as the promise states them:
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import time
 from collections.abc import Iterator
@@ -127,8 +128,11 @@ def cases(dtype: np.dtype[Any], offset: float) -> Iterator[Case]:
             yield Case(norm, axis, x, dy, weight, *reference(x, dy, broadcast, axes, sums))
 
 
-def run(case: Case) -> Quantities:
-    """What the kernels make of it."""
+def run(case: Case, cupy: Any = None) -> Quantities:
+    """What the kernels make of it; those of CUDA where `cupy` is given."""
+    if cupy is not None:
+        x, dy, weight = map(cupy.asarray, (case.x, case.dy, case.weight))
+        return Quantities(*map(cupy.asnumpy, run(case._replace(x=x, dy=dy, weight=weight))))
     if case.norm == "layer_norm":
         y, mean, rstd = lanenorm.layer_norm_forward(case.x, axis=case.axis, eps=EPS)
         return Quantities(y, *lanenorm.layer_norm_backward(case.dy, case.x, mean, rstd, case.weight, axis=case.axis))
@@ -148,11 +152,14 @@ def error(result: Any, exact: Any, scale: Any) -> float:
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
-def check_isa(isa: str, cases: list[Case], digest: Any) -> bool:
-    """Run all cases of one dtype on one ISA; print a line for each norm and direction; add the results to `digest`."""
+def check_isa(isa: str, cases: list[Case], digest: Any, cupy: Any = None) -> bool:
+    """Run all cases of one dtype on one ISA, or on "cuda" with `cupy`.
+
+    Prints a line for each norm and direction, and adds the results to `digest`.
+    """
     worst: dict[str, list[float]] = {}
     for case in cases:
-        results = run(case)
+        results = run(case, cupy)
         errors = [error(*each) for each in zip(results, case.exact, case.scale, strict=True)]
         worst[case.norm] = [max(pair) for pair in zip(worst.get(case.norm, errors), errors, strict=True)]
         for array in results:
@@ -185,6 +192,11 @@ def main() -> int:
     began = time.perf_counter()
     print(f"lanenorm {lanenorm.__version__}: worst errors in u, over offsets {', '.join(f'{o:g}' for o in OFFSETS)}")
     known, remarks = dtypes()
+    cupy: Any = None
+    if reason := lanenorm.cuda_unavailable_reason():
+        remarks.append(f"cuda: not checked: {reason}")
+    else:
+        cupy = importlib.import_module("cupy")
     isas = lanenorm.available_isas()
     digests = {isa: hashlib.sha256() for isa in isas}
     fine = True
@@ -196,6 +208,9 @@ def main() -> int:
             for isa in isas:
                 lanenorm.use_isa(isa)
                 fine = check_isa(isa, same, digests[isa]) and fine
+            if cupy is not None:
+                layer = [case for case in same if case.norm == "layer_norm"]
+                fine = check_isa("cuda", layer, hashlib.sha256(), cupy) and fine
     finally:
         lanenorm.use_isa(before)
     for remark in remarks:

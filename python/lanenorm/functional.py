@@ -96,7 +96,8 @@ def layer_norm(
     Raises
     ------
     TypeError
-        An argument is not a plain array, its dtype is not one of the four or does not go with that of `x`.
+        An argument is not a plain array, its dtype is not one of the four or does not go with that of `x`; NumPy and
+        CuPy arrays are mixed, or CuPy arrays lie on two devices.
     ValueError
         A shape does not fit `x`; `axis` is empty or names an axis twice; `eps` is negative or not finite; `out` is
         read-only, of another layout, or shares memory with an input.
@@ -104,6 +105,8 @@ def layer_norm(
         `axis` is out of bounds.
     KeyboardInterrupt
         Ctrl-C was pressed; the contents of the result are undefined.
+    ImportError, RuntimeError
+        With CuPy arrays: this lanenorm has no CUDA part, or CUDA refuses (no driver, no device, no memory).
 
     See Also
     --------
@@ -118,6 +121,10 @@ def layer_norm(
     float16 and bfloat16 are calculated in float32 and rounded once. The result does not depend on the number of
     threads, the instruction set, the strides of `x` other than which axis lies innermost in memory, or the other rows
     of the batch. A constant slice gives exactly `bias` where eps > 0; NaN or Inf spoils its own slice only.
+
+    CuPy arrays give CuPy arrays. The work is queued on the current stream of the device they lie on, and not waited
+    for; while that stream is being captured it becomes part of the graph. NumPy and CuPy results may differ in the
+    last bits.
 
     Conventions elsewhere: PyTorch and ONNX use the same eps, Flax 1e-6, Keras 1e-3. PyTorch normalizes over
     trailing axes only.
@@ -184,7 +191,7 @@ def layer_norm_forward(
 
     Raises
     ------
-    TypeError, ValueError, numpy.exceptions.AxisError, KeyboardInterrupt
+    TypeError, ValueError, numpy.exceptions.AxisError, KeyboardInterrupt, ImportError, RuntimeError
         As in `layer_norm`.
 
     See Also
@@ -266,7 +273,7 @@ def layer_norm_backward(
 
     Raises
     ------
-    TypeError, ValueError, numpy.exceptions.AxisError, KeyboardInterrupt
+    TypeError, ValueError, numpy.exceptions.AxisError, KeyboardInterrupt, ImportError, RuntimeError
         As in `layer_norm`.
 
     See Also
@@ -362,6 +369,8 @@ def batch_norm(
         `channel_axis` is out of bounds.
     KeyboardInterrupt
         Ctrl-C was pressed; the contents of the result are undefined.
+    NotImplementedError
+        The arrays are CuPy's: batch normalization has no CUDA kernels in this version.
 
     See Also
     --------
@@ -458,6 +467,8 @@ def batch_norm_forward(
         `channel_axis` is out of bounds.
     KeyboardInterrupt
         Ctrl-C was pressed; the contents of the result are undefined, the running statistics unchanged.
+    NotImplementedError
+        The arrays are CuPy's: batch normalization has no CUDA kernels in this version.
 
     See Also
     --------
@@ -567,7 +578,7 @@ def batch_norm_backward(
 
     Raises
     ------
-    TypeError, ValueError, numpy.exceptions.AxisError, KeyboardInterrupt
+    TypeError, ValueError, numpy.exceptions.AxisError, KeyboardInterrupt, NotImplementedError
         As in `batch_norm`.
 
     See Also

@@ -1,4 +1,4 @@
-"""Layers for training in NumPy: parameters, running statistics, and what the backward needs from the last forward.
+"""Layers for training: parameters, running statistics, and what the backward needs from the last forward.
 
 Argument names, defaults and the keys of `state_dict` are PyTorch's.
 """
@@ -146,7 +146,7 @@ class LayerNorm(_Layer):
     dtype : dtype, default float32
         Of `weight` and `bias`: that of the inputs to come, or float32 for 16-bit inputs.
     xp : module, default numpy
-        Library of the arrays.
+        Library of the arrays: `numpy` or `cupy`. CuPy's are made on the current device.
 
     Attributes
     ----------
@@ -285,7 +285,7 @@ class BatchNorm(_Layer):
         Of `weight` and `bias`: that of the inputs to come, or float32 for 16-bit inputs. The running statistics are
         float32, or float64 with float64.
     xp : module, default numpy
-        Library of the arrays.
+        Library of the arrays. In this version `numpy` only: batch normalization has no CUDA kernels yet.
 
     Attributes
     ----------

@@ -1,0 +1,31 @@
+"""The CUDA kernels. Arguments are positional; what kind of arrays they are has been checked in `_arrays.py`."""
+
+from typing import Any, TypedDict
+
+_Array = Any  # cupy.ndarray
+_Axis = int | tuple[int, ...]
+
+class _BuildInfo(TypedDict):
+    version: str
+    cuda: str
+    architectures: str
+
+def layer_norm(
+    x: _Array, weight: _Array | None, bias: _Array | None, axis: _Axis, eps: float, out: _Array | None, /
+) -> _Array: ...
+def layer_norm_forward(
+    x: _Array, weight: _Array | None, bias: _Array | None, axis: _Axis, eps: float, out: _Array | None, /
+) -> tuple[_Array, _Array, _Array]: ...
+def layer_norm_backward(
+    dy: _Array,
+    x: _Array,
+    mean: _Array,
+    rstd: _Array,
+    weight: _Array | None,
+    axis: _Axis,
+    param_grads: bool,
+    out: _Array | None,
+    /,
+) -> tuple[_Array, _Array | None, _Array | None]: ...
+def unavailable_reason() -> str | None: ...
+def build_info() -> _BuildInfo: ...
