@@ -174,7 +174,8 @@ def context(script: str, arguments: Sequence[str]) -> dict[str, Any]:
     """
     import lanenorm  # its own word: a build beside the installed one has no metadata
 
-    names = ("numpy", "torch", "onnxruntime", "jax", "ml_dtypes")
+    names = ["numpy", "torch", "onnxruntime", "jax", "ml_dtypes"]
+    names += ["cupy-cuda13x", "triton", "liger-kernel", "quack-kernels"]  # on a GPU
     installed = {name: version for name in names if (version := version_of(name))}
     kept = [a for previous, a in zip(["", *arguments], arguments, strict=False) if "--output" not in (previous, a)]
     return {

@@ -15,6 +15,7 @@ Written to --output: compare.json (google-benchmark's schema), compare.jsonl (a 
     python bench/compare.py --quick                      # one or two problems per family, under two minutes
     python bench/compare.py --threads 1 2                # everything, 1 to 2 hours; --resume after an interruption
     python bench/compare.py --filter 'bert/.*backward'   # names as in the first column of --list
+    python bench/compare.py --device cuda                # the layer norms on a GPU: compare_cuda.py, which says how
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import compare_cuda
 import numpy as np
 import report
 from common import PROBLEMS, RESULTS, Case, Problem, context, median_ratio, parse_problems, progress, summarize
 from data import exact, make_inputs
 from peers import PEERS, installed
 from worker import Worker, WorkerDiedError
+
+import lanenorm
 
 Row = dict[str, Any]
 OURS, COPY = "lanenorm", "copy"
@@ -239,8 +243,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     processors = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one or two problems per family, few rounds")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the arrays lie")
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads (1 and all processors; quick: 1)")
-    parser.add_argument("--peers", nargs="*", choices=[name for name in PEERS if name != OURS], help="only these")
+    rivals = [name for name in PEERS | compare_cuda.peers_cuda.PEERS if name not in (OURS, COPY)]
+    parser.add_argument("--peers", nargs="*", choices=rivals, help="only these")
     parser.add_argument("--outputs", nargs="+", choices=["fresh", "out"], help="allocated by a call, or reused (both)")
     parser.add_argument("--filter", default="", metavar="REGEX", help="only rows whose name matches, see --list")
     parser.add_argument("--isa", help="LANENORM_ISA for lanenorm's process: avx512, avx2, portable")
@@ -256,10 +262,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def on_cuda(arguments: argparse.Namespace, problems: Sequence[Problem], argv: Sequence[str]) -> int:
+    """--device cuda."""
+    if arguments.quick:
+        problems = quick_problems(problems)
+    todo = [case for case in compare_cuda.cases(problems) if re.search(arguments.filter, case.name)]
+    if arguments.list:
+        print("\n".join(case.name for case in todo))
+        return 0
+    if not todo:
+        print(f"no row matches {arguments.filter!r}", file=sys.stderr)
+        return 1
+    if reason := lanenorm.cuda_unavailable_reason():
+        print(f"--device cuda: {reason}", file=sys.stderr)
+        return 1
+    wanted = None if arguments.peers is None else {OURS, COPY, *arguments.peers}
+    names = [name for name in compare_cuda.peers_cuda.installed() if wanted is None or name in wanted]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    settings = compare_cuda.QUICK if arguments.quick else compare_cuda.Settings()
+    print(compare_cuda.compare(todo, names, settings, arguments.output, argv))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     settings = QUICK if arguments.quick else Settings()
     problems = [p for p in parse_problems(arguments.problems.read_text(encoding="utf-8")) if not missing_dtype(p)]
+    if arguments.device == "cuda":
+        return on_cuda(arguments, problems, sys.argv[1:] if argv is None else argv)
     if arguments.quick:
         wanted = {case.problem for case in cases(problems, arguments.threads[0], ("fresh", "out"), arguments.filter)}
         problems = quick_problems([problem for problem in problems if problem in wanted])
