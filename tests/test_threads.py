@@ -214,6 +214,30 @@ started.wait()
     run_python(code, str(rows), str(callers))
 
 
+@pytest.mark.parametrize("after", ["0.1", "0.12"])
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_call_that_outlives_the_interpreter(run_python, threads, after):
+    """Long calls ask for the GIL, to see about Ctrl-C, of an interpreter that is gone while its process is not yet."""
+    code = """
+import ctypes, sys, threading, time
+import numpy as np, lanenorm
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "on_exit"):
+    sys.exit(1)
+libc.on_exit(libc.sleep, None)  # sleep(exit code), after Python's end
+lanenorm.set_num_threads(int(sys.argv[1]))
+lanenorm.use_isa("portable")
+x = np.broadcast_to(np.ones((1, 64, 12000), np.float32), (8000, 64, 12000))
+for _ in range(10):  # each asks every 50 ms: some before, some during, some after the interpreter's end
+    threading.Thread(target=lanenorm.layer_norm_forward, args=(x,), kwargs={"axis": (1, 2)}, daemon=True).start()
+    time.sleep(0.005)
+time.sleep(float(sys.argv[2]))
+sys.exit(1)
+"""
+    done = run_python(code, threads, after, check=False)
+    assert done.returncode == 1, f"exit code {done.returncode}\n{done.stderr}"
+
+
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
 
 INTERRUPT = """

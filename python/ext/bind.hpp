@@ -161,18 +161,39 @@ inline double number_of(const char* operation, const char* name, const py::handl
 
 // ---- running -----------------------------------------------------------------------------------------------------
 
-// take() is to get the GIL. Before Python 3.14 a daemon thread that asks for it while the interpreter ends is unwound
-// where it stands, through C++ that other threads may still work for. It sleeps here until the process is gone, as
-// Python 3.14 makes it do. (Nothing else is ever caught here: that unwinding stops for catch (...), but for good only
-// if the handler never ends.)
-template <class Take>
-auto take_gil(Take&& take) {
+// The thread state of an operation that has released the GIL; null where this thread has it.
+inline thread_local PyThreadState* without_gil = nullptr;
+
+// Takes back what release_gil() gave. Not with PyGILState_Ensure: it looks for a thread state of its own, in an
+// interpreter that may be gone, while PyEval_RestoreThread looks first whether the interpreter ends. If it does, Python
+// before 3.14 unwinds the (daemon) thread where it stands, through C++ that other threads may still work for. The
+// thread sleeps here instead until the process is gone, as Python 3.14 makes it do. (Nothing else is ever caught here:
+// that unwinding stops for catch (...), but for good only if the handler never ends.)
+inline void take_gil() {
   try {
-    return take();
+    PyEval_RestoreThread(std::exchange(without_gil, nullptr));
   } catch (...) {
     for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
   }
 }
+
+inline void release_gil() { without_gil = PyEval_SaveThread(); }
+
+// The GIL inside of an operation, whether it was released or kept.
+class WithGil {
+ public:
+  WithGil() : taken_(without_gil != nullptr) {
+    if (taken_) take_gil();
+  }
+  ~WithGil() {
+    if (taken_) release_gil();
+  }
+  WithGil(const WithGil&) = delete;
+  WithGil& operator=(const WithGil&) = delete;
+
+ private:
+  const bool taken_;
+};
 
 // Below Device::kKeepGil elements the GIL is kept. Not pybind11's gil_scoped_release: its destructor ends the process
 // where that unwinding passes.
@@ -182,14 +203,14 @@ void run(const Device& device, const lanenorm::Args& args, void (Device::*operat
     (device.*operation)(args);
     return;
   }
-  PyThreadState* thread = PyEval_SaveThread();
+  release_gil();
   std::exception_ptr error;
   try {
     (device.*operation)(args);
   } catch (...) {
     error = std::current_exception();
   }
-  take_gil([thread] { PyEval_RestoreThread(thread); });
+  take_gil();
   if (error) std::rethrow_exception(error);
 }
 

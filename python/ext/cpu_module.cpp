@@ -109,10 +109,8 @@ void register_interrupt() {
 
 // Ctrl-C: called about every 50 ms by a thread that waits in a kernel.
 bool interrupted() {
-  const PyGILState_STATE state = take_gil([] { return PyGILState_Ensure(); });
-  const bool stop = PyErr_CheckSignals() != 0;
-  PyGILState_Release(state);
-  return stop;
+  const WithGil gil;
+  return PyErr_CheckSignals() != 0;
 }
 
 int import_numpy() {

@@ -134,18 +134,6 @@ py::object allocate(const char* operation, std::int64_t bytes, int device) {
   }
 }
 
-// The GIL, taken in a call that has released it.
-class WithGil {
- public:
-  WithGil() : state_(take_gil([] { return PyGILState_Ensure(); })) {}
-  ~WithGil() { PyGILState_Release(state_); }
-  WithGil(const WithGil&) = delete;
-  WithGil& operator=(const WithGil&) = delete;
-
- private:
-  const PyGILState_STATE state_;
-};
-
 // What kernels need beside the arrays, for the length of one operation. Memory from CuPy goes back to its allocator
 // as soon as all is launched: whoever gets it next uses it behind these kernels on the same stream. But a graph runs
 // its kernels again later, when that memory belongs to others: while the stream is being captured, memory is
