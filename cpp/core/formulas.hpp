@@ -231,6 +231,24 @@ LANENORM_INLINE Statistic<C> finish_scaled(const Moments<double>& m, double coun
   return s;
 }
 
+// (1 - momentum) * running + momentum * (batch + low), as if in one rounding: products and sum keep their errors.
+LANENORM_INLINE double moved_average(double running, double batch, double low, double momentum) {
+  const double keep = 1.0 - momentum, keep_low = (1.0 - keep) - momentum;
+  const double a = keep * running, b = momentum * batch;
+  const double rest = fma(keep, running, -a) + fma(momentum, batch, -b) + (keep_low * running + momentum * low);
+  const Pair<double> sum = two_sum(a, b);
+  return sum.high + (sum.low + rest);
+}
+
+// Running statistics after a batch of `count` values a channel, whose variance counts unbiased.
+template <class C>
+LANENORM_INLINE void update_running(const Pair<double>& mean, double variance, double count, double momentum,
+                                    C* running_mean, C* running_var) {
+  const double unbiased = variance * count / (count - 1.0);
+  *running_mean = static_cast<C>(moved_average(static_cast<double>(*running_mean), mean.high, mean.low, momentum));
+  *running_var = static_cast<C>(moved_average(static_cast<double>(*running_var), unbiased, 0.0, momentum));
+}
+
 // Sums of a backward over one statistic: g = dy * weight, t = (x - mean) * rstd with the saved, rounded mean.
 struct GradientSums {
   double g, gt, t;

@@ -134,26 +134,13 @@ void forward(const Problem& p) {
   }
 }
 
-// (1 - momentum) * running + momentum * (batch + low), as if in one rounding: products and sum keep their errors.
-double moved_average(double running, double batch, double low, double momentum) {
-  const double keep = 1.0 - momentum, keep_low = (1.0 - keep) - momentum;
-  const double a = keep * running, b = momentum * batch;
-  const double rest = fma(keep, running, -a) + fma(momentum, batch, -b) + (keep_low * running + momentum * low);
-  const Pair<double> sum = two_sum(a, b);
-  return sum.high + (sum.low + rest);
-}
-
-// The variance unbiased.
 template <class C>
 void update_running(const Args& a, const ExactStatistic* batch) {
   C* running_mean = static_cast<C*>(a.running_mean.data);
   C* running_var = static_cast<C*>(a.running_var.data);
-  const double n = static_cast<double>(a.plan.reduced);
   for (std::int64_t c = 0; c < a.plan.statistics; ++c) {
-    const double unbiased = batch[c].variance * n / (n - 1.0);
-    const double mean = static_cast<double>(running_mean[c]), var = static_cast<double>(running_var[c]);
-    running_mean[c] = static_cast<C>(moved_average(mean, batch[c].mean.high, batch[c].mean.low, a.momentum));
-    running_var[c] = static_cast<C>(moved_average(var, unbiased, 0.0, a.momentum));
+    update_running(batch[c].mean, batch[c].variance, static_cast<double>(a.plan.reduced), a.momentum, running_mean + c,
+                   running_var + c);
   }
 }
 
