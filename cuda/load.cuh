@@ -256,5 +256,24 @@ __device__ __forceinline__ void load_parameters(const void* p, bool as_compute, 
   words(TypeTag<T>{}, 0, out);
 }
 
+// Element i of a parameter array, or `none` where there is no array.
+template <class T>
+__device__ __forceinline__ Compute<T> parameter(const void* p, bool as_compute, std::int64_t i, Compute<T> none) {
+  if (p == nullptr) return none;
+  if (as_compute) return static_cast<const Compute<T>*>(p)[i];
+  return to_compute(static_cast<const T*>(p)[i]);
+}
+
+// The inverse.
+template <class T>
+__device__ __forceinline__ void store_parameter(void* p, bool as_compute, std::int64_t i, double value) {
+  const auto rounded = static_cast<Compute<T>>(value);
+  if (as_compute || sizeof(T) > 2) {
+    static_cast<Compute<T>*>(p)[i] = rounded;
+  } else if constexpr (sizeof(T) == 2) {
+    static_cast<T*>(p)[i] = device::to_half<T>(rounded);
+  }
+}
+
 }  // namespace LANENORM_ISA
 }  // namespace lanenorm

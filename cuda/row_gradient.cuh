@@ -60,7 +60,7 @@ __device__ __forceinline__ void load_weight(const char* weight, bool as_compute,
 
 // Sums of g, g t and t over a run of L lanes.
 template <class T, int L, int V>
-__device__ __forceinline__ GradientSums run_sums(const cuda::RowBackward& a, const Words (&dy)[V], const Words (&x)[V],
+__device__ __forceinline__ GradientSums run_sums(bool as_compute, const Words (&dy)[V], const Words (&x)[V],
                                                  const char* weight, int count, Compute<T> mean, Compute<T> rstd,
                                                  unsigned mask, int lane) {
   using C = Compute<T>;
@@ -73,7 +73,7 @@ __device__ __forceinline__ GradientSums run_sums(const cuda::RowBackward& a, con
     C g[E], t[E], gain[E];
     unpack<T>(dy[v], g);
     unpack<T>(x[v], t);
-    load_weight<T>(weight, a.parameters_as_compute, count, w, gain);
+    load_weight<T>(weight, as_compute, count, w, gain);
 #pragma unroll
     for (int e = 0; e < E; ++e) {
       g[e] = g[e] * gain[e];
@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(128, cuda::backward_group_blocks(V* kPerWord<T
         load_run<T, L, V>(a.x + next * a.x_stride, bytes, lane, next_x);
       }
       const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
-      const GradientSums row_sums = run_sums<T, L, V>(a, dy, x, weight, count, mean, rstd, mask, lane);
+      const GradientSums row_sums =
+          run_sums<T, L, V>(a.parameters_as_compute, dy, x, weight, count, mean, rstd, mask, lane);
       gradient_run<T, L, V>(a, row_constants(a, row_sums, mean, rstd), weight, count, a.dx + row * a.dx_stride, mask,
                             lane, x, dy, &sums);
       row = next;
@@ -234,8 +235,9 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps) row_sums_slab(cuda::Ro
     const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
     parity ^= 1;
     const GradientSums sums = fold_warps<cuda::kPieceWarps>(
-        run_sums<T, 32, V>(a, dy, x, parameters_from<T>(a.weight, a.parameters_as_compute, slab.run.first),
-                           slab.run.count, mean, rstd, device::kAllLanes, lane),
+        run_sums<T, 32, V>(a.parameters_as_compute, dy, x,
+                           parameters_from<T>(a.weight, a.parameters_as_compute, slab.run.first), slab.run.count, mean,
+                           rstd, device::kAllLanes, lane),
         shared.warps[parity]);
     if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[unit] = sums;
   }
@@ -285,11 +287,12 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(
         row_sums = fold_places(a.slabs, [&](std::int64_t i) { return of_row[i]; });
       } else {
         parity ^= 1;
-        row_sums = fold_slabs(a,
-                              fold_warps<cuda::kPieceWarps>(
-                                  run_sums<T, 32, V>(a, dy, x, weight, run.count, mean, rstd, device::kAllLanes, lane),
-                                  shared.warps[parity]),
-                              &shared.slab[parity]);
+        row_sums =
+            fold_slabs(a,
+                       fold_warps<cuda::kPieceWarps>(run_sums<T, 32, V>(a.parameters_as_compute, dy, x, weight,
+                                                                        run.count, mean, rstd, device::kAllLanes, lane),
+                                                     shared.warps[parity]),
+                       &shared.slab[parity]);
       }
       gradient_run<T, 32, V>(a, row_constants(a, row_sums, mean, rstd), weight, run.count,
                              a.dx + row * a.dx_stride + run.offset(), device::kAllLanes, lane, x, dy, &sums);
@@ -351,15 +354,7 @@ __global__ void __launch_bounds__(32 * kFoldRows) fold_row_partials(cuda::FoldPa
     if (part == 0 && column < a.length && out != nullptr) {
       double total = 0.0;
       for (int i = 0; i < kFoldRows; ++i) total += shared.share[i][lane];
-      if constexpr (sizeof(T) == 2) {
-        if (a.as_compute) {
-          static_cast<float*>(out)[column] = static_cast<float>(total);
-        } else {
-          static_cast<T*>(out)[column] = device::to_half<T>(static_cast<float>(total));
-        }
-      } else {
-        static_cast<T*>(out)[column] = static_cast<T>(total);
-      }
+      store_parameter<T>(out, a.as_compute, column, total);
     }
     device::sync_block();
   }

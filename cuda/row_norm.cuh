@@ -91,16 +91,21 @@ __device__ __forceinline__ Counted moments_in(const Words (&data)[V], int count,
   return {{static_cast<double>(pivot), total.first, 0.0, fma(negate(total.first), total.first / n, total.second)}, n};
 }
 
+// Of the statistic that a run belongs to: what decides whether the run is out of range.
+struct Range {
+  double inverse_length, eps;
+};
+
 // Moments of a run of a row; count 0: none. A run of float32 that is out of range as the row would be is redone in
 // double; kScaled (float64): of scale * x.
 template <class T, bool kScaled, int L, int V>
-__device__ __forceinline__ Counted run_moments(const Words (&data)[V], int count, double scale,
-                                               const cuda::RowForward& a, unsigned mask, int lane) {
+__device__ __forceinline__ Counted run_moments(const Words (&data)[V], int count, double scale, const Range& range,
+                                               unsigned mask, int lane) {
   using C = Compute<T>;
   if (count <= 0) return Counted{};
   Counted m = moments_in<T, C, kScaled, L, V>(data, count, scale, mask, lane);
   if constexpr (sizeof(C) == 4) {
-    if (out_of_range<C>(m.moments.m2 * a.inverse_length, a.eps)) {
+    if (out_of_range<C>(m.moments.m2 * range.inverse_length, range.eps)) {
       m = moments_in<T, double, false, L, V>(data, count, 1.0, mask, lane);
     }
   }
@@ -179,7 +184,7 @@ __global__ void __launch_bounds__(128, cuda::forward_group_blocks(V)) row_forwar
     Words next[V];
     if (next_row < a.rows) load_run<T, L, V>(a.x + next_row * a.x_stride, bytes, lane, next);
     const Statistic<C> s = statistic_of<C>(a.eps, [&](auto scaled, double scale) {
-      return run_moments<T, decltype(scaled)::value, L, V>(data, count, scale, a, mask, lane);
+      return run_moments<T, decltype(scaled)::value, L, V>(data, count, scale, {a.inverse_length, a.eps}, mask, lane);
     });
     if (lane == 0) store_statistic(a, row, s);
     apply_run<T, L, V>(a, s.normalizer, 0, count, a.y + row * a.y_stride, mask, lane, data);
@@ -233,7 +238,8 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, cuda::forward_blocks(V
     const Statistic<C> s = statistic_of<C>(a.eps, [&](auto scaled, double scale) {
       parity ^= 1;
       return fold_warps<cuda::kPieceWarps>(
-          run_moments<T, decltype(scaled)::value, 32, V>(data, share.count, scale, a, device::kAllLanes, lane),
+          run_moments<T, decltype(scaled)::value, 32, V>(data, share.count, scale, {a.inverse_length, a.eps},
+                                                         device::kAllLanes, lane),
           shared.warps[parity]);
     });
     if (threadIdx.x == 0) store_statistic(a, row, s);

@@ -17,12 +17,12 @@ inline constexpr int kPieceSize = kWarpWords * cuda::kPieceWarps;  // words
 
 // ---- a run in shared memory --------------------------------------------------------------------------------------
 
-// The image of a run: the aligned words it lies in, so that its first byte is at misaligned(run, 16). All threads of
-// the block copy; the bytes are there after copy_wait and a barrier.
-__device__ __forceinline__ void copy_image(const char* run, int bytes, Words* image) {
+// The image of a run: the aligned words it lies in, so that its first byte is at misaligned(run, 16). `threads` threads
+// copy, this is one of them; the bytes are there after copy_wait and a barrier among them.
+__device__ __forceinline__ void copy_image(const char* run, int bytes, Words* image, int thread, int threads) {
   const int shift = misaligned(run, 16);
   char* to = reinterpret_cast<char*>(image);
-  for (int w = static_cast<int>(threadIdx.x); 16 * w < shift + bytes; w += static_cast<int>(blockDim.x)) {
+  for (int w = thread; 16 * w < shift + bytes; w += threads) {
     const int at = 16 * w - shift;  // in the run
     if (at < 0) {                   // the aligned word in which the run begins
       for (int i = 0; i < 16 + at && i < bytes; ++i) to[shift + i] = device::load_global(run + i);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 2) row_forward_residen
   for (std::int64_t row = blockIdx.x / device::cluster_size(); row < a.rows; row += clusters) {
     const char* x = a.x + row * a.x_stride + share.offset();
     const int shift = misaligned(x, 16);
-    copy_image(x, share.bytes(), image);
+    copy_image(x, share.bytes(), image, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
     device::copy_wait<0>();
     device::sync_block();
 
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 2) row_forward_residen
     const Statistic<C> s = statistic_of<C>(a.eps, [&](auto scaled, double scale) {
       for (int piece = 0; piece < pieces; ++piece) {
         const int count = run_of_piece(piece).count;
-        const Counted m =
-            run_moments<T, decltype(scaled)::value, 32, V>(data, count, scale, a, device::kAllLanes, lane);
+        const Counted m = run_moments<T, decltype(scaled)::value, 32, V>(data, count, scale, {a.inverse_length, a.eps},
+                                                                         device::kAllLanes, lane);
         if (lane == 0) shared.warps[piece][warp] = m;
       }
       device::sync_block();
@@ -121,6 +121,24 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 2) row_forward_residen
 
 // ---- streamed ----------------------------------------------------------------------------------------------------
 
+// Moments of what the warps of a block hold, all sets of them `stride` apart from `to` on. One barrier a set.
+template <class T, int V>
+__device__ __forceinline__ void store_moments(const Words (&data)[V], int count, const Range& range,
+                                              WarpMoments& shared, int* parity, Counted* to, std::int64_t stride) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto compute = [&](auto scaled, double scale, int set) {
+    *parity ^= 1;
+    const Counted m = fold_warps<cuda::kPieceWarps>(
+        run_moments<T, decltype(scaled)::value, 32, V>(data, count, scale, range, device::kAllLanes, lane),
+        shared.warps[*parity]);
+    if (threadIdx.x == 0) to[set * stride] = m;
+  };
+  compute(Unscaled{}, 1.0, 0);
+  if constexpr (kMomentSets<T> > 1) {
+    for (int set = 1; set < kMomentSets<T>; ++set) compute(Scaled{}, set_scale(set), set);
+  }
+}
+
 // A block a piece of a row.
 template <class T>
 __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_moments_streamed(cuda::RowForward a) {
@@ -135,17 +153,7 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_moments_streame
     const Share<T> run(a.length, (unit - row * a.pieces) * kPieceSize + warp * kWarpWords, kWarpWords);
     Words data[V];
     load_run<T, 32, V>(a.x + row * a.x_stride + run.offset(), run.bytes(), lane, data);
-    const auto compute = [&](auto scaled, double scale, int set) {
-      parity ^= 1;
-      const Counted m = fold_warps<cuda::kPieceWarps>(
-          run_moments<T, decltype(scaled)::value, 32, V>(data, run.count, scale, a, device::kAllLanes, lane),
-          shared.warps[parity]);
-      if (threadIdx.x == 0) moments[set * units + unit] = m;
-    };
-    compute(Unscaled{}, 1.0, 0);
-    if constexpr (kMomentSets<T> > 1) {
-      for (int set = 1; set < kMomentSets<T>; ++set) compute(Scaled{}, set_scale(set), set);
-    }
+    store_moments<T>(data, run.count, {a.inverse_length, a.eps}, shared, &parity, moments + unit, units);
   }
 }
 
