@@ -59,6 +59,9 @@ constexpr std::int64_t kWantedChunks = 256;
 // flight.
 constexpr int kColumnBlocks = 2;
 
+// Channels that stay on chip: two blocks share an SM where a cluster can share the channel.
+constexpr std::int64_t kPreferredPlaneBytes = 100 << 10;
+
 constexpr int kGroupThreads = 128;
 
 const GroupRow* find(const GroupRow* first, const GroupRow* last, std::int64_t words) {
@@ -165,8 +168,41 @@ RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& devi
 ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype) {
   ColumnChoice choice{};
   choice.strips = ceil_div(plan.inner * size(dtype), 32 * kWord);
-  choice.pieces = ceil_div(plan.reduced, kPieceRows);
+  choice.pieces = ceil_div(plan.lines_per_statistic, kPieceRows);
   choice.blocks = grid_of(plan.outer * choice.strips * choice.pieces, kColumnBlocks, device);
+  return choice;
+}
+
+PlaneChoice choose_planes(const Plan& plan, const DeviceLimits& device, DType dtype, int tensors) {
+  const std::int64_t channels = plan.statistics, words = ceil_div(plan.inner * size(dtype), kWord);
+  PlaneChoice choice{};
+  // Segments of equal length that start on a cache line where the run does.
+  choice.segment_words = static_cast<int>(ceil_div(ceil_div(words, ceil_div(words, kSegmentWords)), 8) * 8);
+  choice.segments = ceil_div(words, choice.segment_words);
+  const std::int64_t segments = plan.lines_per_statistic * choice.segments;
+  choice.warps = 1;
+  while (choice.warps < kPieceWarps && choice.warps < segments) choice.warps *= 2;
+  choice.pieces = ceil_div(segments, choice.warps);
+  choice.streamed_blocks = grid_of(channels * choice.pieces, 8 * kPieceWarps / choice.warps, device);
+
+  const std::int64_t piece_bytes = tensors * choice.warps * (choice.segment_words + kSlotSpare) * kWord;
+  const std::int64_t most = std::min<std::int64_t>((device.shared_per_block - kPlaneBytes) / piece_bytes, kPlanePieces);
+  if (most < 1) return choice;
+  const std::int64_t preferred = std::clamp<std::int64_t>(kPreferredPlaneBytes / piece_bytes, 1, most);
+  for (const std::int64_t wanted : {preferred, most}) {
+    for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
+      const std::int64_t each = ceil_div(choice.pieces, cluster);
+      if (each > wanted) continue;
+      // Few channels: more blocks for each while there are pieces and processors.
+      if (each > 1 && 2 * cluster <= device.max_cluster && 2 * cluster * channels <= device.multiprocessors) continue;
+      // 2 passes on less than half of the device take longer than 3 on all of it.
+      if (2 * cluster * channels < device.multiprocessors && choice.pieces > 2 * cluster) return choice;
+      choice.cluster = cluster;
+      choice.pieces_per_block = static_cast<int>(each);
+      choice.blocks = clusters_of(channels, 2 * kPieceWarps / choice.warps, cluster, device) * cluster;
+      return choice;
+    }
+  }
   return choice;
 }
 

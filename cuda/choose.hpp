@@ -89,12 +89,39 @@ struct ColumnChoice {
   std::int64_t blocks;
 };
 
+// What a warp computes of a run: at most 8 words a lane.
+inline constexpr int kSegmentWords = 256;
+// Pieces that a block keeps in shared memory at most, and what it keeps beside them, bytes: plane_norm.cuh asserts that
+// it is enough.
+inline constexpr int kPlanePieces = 16;
+inline constexpr int kPlaneBytes = 6144;
+// Words of shared memory a segment has beside its own: an unaligned one has a word more, which is read together with
+// one behind it.
+inline constexpr int kSlotSpare = 2;
+
+struct PlaneChoice {
+  // By shape and dtype.
+  std::int64_t segments;  // of a run
+  int segment_words;
+  int warps;            // segments of a piece, warps of a block
+  std::int64_t pieces;  // of a channel
+  // By the device.
+  int pieces_per_block;  // resident; 0: streamed
+  int cluster;           // resident: blocks of a channel
+  std::int64_t blocks;   // resident: of the grid, a multiple of cluster
+  std::int64_t streamed_blocks;
+};
+
 // plan.elements > 0, plan.work is rows: plan.statistics rows of plan.reduced elements.
 RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype);
 RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype);
 
 // plan.elements > 0, plan.work is columns: plan.outer matrices of plan.reduced rows of plan.inner columns.
 ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype);
+
+// plan.elements > 0, plan.work is rows, of BN: plan.statistics channels of plan.lines_per_statistic runs of plan.inner
+// elements. tensors: that are read, 1 or 2
+PlaneChoice choose_planes(const Plan& plan, const DeviceLimits& device, DType dtype, int tensors);
 
 // Blocks of a kernel that loops over `work` pieces: one each, or as many as the device holds at once.
 std::int64_t grid_of(std::int64_t work, int per_multiprocessor, const DeviceLimits& device);

@@ -75,8 +75,9 @@ __device__ __forceinline__ void load_statistics(const cuda::ColumnBackward& a, c
   const std::int64_t first = p.matrix * a.columns + p.first_column + threadIdx.x % 32 * kPerWord<T>;
 #pragma unroll
   for (int e = 0; e < kPerWord<T>; ++e) {
-    mean[e] = e < p.left ? static_cast<const C*>(a.mean)[first + e] : C(0);
-    rstd[e] = e < p.left ? static_cast<const C*>(a.rstd)[first + e] : C(0);
+    const std::int64_t i = statistic_of_column(first + e, a.fold);
+    mean[e] = e < p.left ? static_cast<const C*>(a.mean)[i] : C(0);
+    rstd[e] = e < p.left ? static_cast<const C*>(a.rstd)[i] : C(0);
   }
 }
 
@@ -131,9 +132,9 @@ __device__ __forceinline__ void gradient_rows(const cuda::ColumnBackward& a, con
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
-// Matrices of one piece.
-template <class T>
-__global__ void __launch_bounds__(kColumnThreads, 1) column_backward_resident(cuda::ColumnBackward a) {
+// Matrices of one piece. finish_column(index, sums): the constants of a column
+template <class T, class Finish>
+__device__ __forceinline__ void backward_of_whole_matrices(const cuda::ColumnBackward& a, Finish&& finish_column) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
   ColumnLayout<T>* shared = &device::shared<ColumnLayout<T>>();
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1) column_backward_resident(cu
       const GradientSums sums = piece_sums<T>(a, p, mean, rstd, shared);
       const int column = static_cast<int>(threadIdx.x);
       if (column < p.columns) {
-        constants[column] = column_constants<C>(a, sums, p.matrix * a.columns + p.first_column + column);
+        constants[column] = finish_column(p.matrix * a.columns + p.first_column + column, sums);
       }
     }
     device::sync_block();
@@ -159,6 +160,20 @@ __global__ void __launch_bounds__(kColumnThreads, 1) column_backward_resident(cu
     device::sync_block();  // the next piece overwrites them
     gradient_rows<T>(a, p, k);
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kColumnThreads, 1) column_backward_resident(cuda::ColumnBackward a) {
+  backward_of_whole_matrices<T>(
+      a, [&](std::int64_t i, const GradientSums& sums) { return column_constants<Compute<T>>(a, sums, i); });
+}
+
+// Every column a channel (BN).
+template <class T>
+__global__ void __launch_bounds__(kColumnThreads, 1)
+    column_backward_channels_resident(cuda::ColumnBackward a, cuda::Channels channels) {
+  backward_of_whole_matrices<T>(
+      a, [&](std::int64_t i, const GradientSums& sums) { return gradient_constants<T>(channels, i, sums, true); });
 }
 
 // Matrices of several pieces: first the sums of each.
@@ -201,7 +216,9 @@ __global__ void __launch_bounds__(kColumnThreads, 1) column_gradient_streamed(cu
     GradientConstants<C> k[E] = {};
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      if (e < p.left) k[e] = static_cast<const GradientConstants<C>*>(a.constants)[first + e];
+      if (e < p.left) {
+        k[e] = static_cast<const GradientConstants<C>*>(a.constants)[statistic_of_column(first + e, a.fold)];
+      }
     }
     gradient_rows<T>(a, p, k);
   }

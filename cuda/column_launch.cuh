@@ -51,4 +51,46 @@ void column_backward(ColumnBackward args, const ColumnChoice& choice, const Cont
   launch(column_gradient_streamed<T>, {choice.blocks, kColumnThreads}, context.stream, args);
 }
 
+// ---- channels (BN) -----------------------------------------------------------------------------------------------
+
+template <class T>
+void column_channels_forward(ColumnForward args, ColumnChannels channels, bool inference, const ColumnChoice& choice,
+                             const Context& context) {
+  args.strips = choice.strips;
+  args.pieces = choice.pieces;
+  const Config pieces{choice.blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
+  if (!inference && args.pieces == 1 && channels.fold == 1) {
+    launch(column_channels_resident<T>, pieces, context.stream, args, channels.channels);
+    return;
+  }
+  channels.channels.constants = allocate_constants<T>(channels.channels, context);
+  if (inference) {
+    channel_inference<T>(channels.channels, context);
+  } else {
+    const auto places = static_cast<std::size_t>(args.matrices * args.columns * args.pieces);
+    args.piece_moments = context.allocate(context.state, kMomentSets<T> * places * sizeof(Counted));
+    launch(column_moments_streamed<T>, pieces, context.stream, args);
+    channel_statistics<T>(channels.channels, args.piece_moments, channels.fold * args.pieces, context);
+  }
+  launch(column_apply_channels<T>, {choice.blocks, kColumnThreads}, context.stream, args, channels);
+}
+
+template <class T>
+void column_channels_backward(ColumnBackward args, Channels channels, const ColumnChoice& choice,
+                              const Context& context) {
+  args.strips = choice.strips;
+  args.pieces = choice.pieces;
+  const Config pieces{choice.blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
+  if (args.pieces == 1 && args.fold == 1) {
+    launch(column_backward_channels_resident<T>, pieces, context.stream, args, channels);
+    return;
+  }
+  const auto places = static_cast<std::size_t>(args.matrices * args.columns * args.pieces);
+  args.piece_sums = context.allocate(context.state, places * sizeof(GradientSums));
+  args.constants = channels.constants = allocate_constants<T>(channels, context);
+  launch(column_sums_streamed<T>, pieces, context.stream, args);
+  channel_gradient<T>(channels, args.piece_sums, args.fold * args.pieces, context);
+  launch(column_gradient_streamed<T>, {choice.blocks, kColumnThreads}, context.stream, args);
+}
+
 }  // namespace lanenorm::cuda

@@ -20,6 +20,7 @@
 
 #include "core/formulas.hpp"
 #include "core/moments.hpp"
+#include "cuda/channel.cuh"
 #include "cuda/device.cuh"
 #include "cuda/kernels.hpp"
 #include "cuda/load.cuh"
@@ -69,6 +70,11 @@ struct Piece {
   }
 };
 
+// Of column `column` where `fold` adjacent ones share a statistic.
+__device__ __forceinline__ std::int64_t statistic_of_column(std::int64_t column, std::int64_t fold) {
+  return fold == 1 ? column : column / fold;
+}
+
 // This lane's words of `count` <= 8 rows from `row` on.
 template <class T>
 __device__ __forceinline__ void load_rows(const Piece<T>& p, const char* base, std::int64_t matrix_stride,
@@ -80,14 +86,6 @@ __device__ __forceinline__ void load_rows(const Piece<T>& p, const char* base, s
           load_word<T>(p.at(base, matrix_stride, row_stride, row + r), p.bytes(), static_cast<int>(threadIdx.x % 32));
     }
   }
-}
-
-// weight[row], or 1
-template <class T>
-__device__ __forceinline__ Compute<T> parameter(const void* p, bool as_compute, std::int64_t row, Compute<T> none) {
-  if (p == nullptr) return none;
-  if (as_compute) return static_cast<const Compute<T>*>(p)[row];
-  return to_compute(static_cast<const T*>(p)[row]);
 }
 
 // ---- moments -----------------------------------------------------------------------------------------------------
@@ -267,15 +265,16 @@ __device__ __forceinline__ void apply_rows(const cuda::ColumnForward& a, const P
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-// Matrices of one piece. The normalizers of the strip go through shared memory from the thread of a column to the
-// lanes.
-template <class T>
-__global__ void __launch_bounds__(kColumnThreads, 1) column_forward_resident(cuda::ColumnForward a) {
+// Matrices of one piece: f(index, statistic) gives the constants K of a column, apply(piece, constants) gets those of
+// the columns of a lane. They go through shared memory from the thread of a column to the lanes.
+template <class T, class K, class Finish, class Apply>
+__device__ __forceinline__ void for_whole_matrices(const cuda::ColumnForward& a, Finish&& finish_column,
+                                                   Apply&& apply) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
   ColumnLayout<T>* shared = &device::shared<ColumnLayout<T>>();
-  Normalizer<C>* normalizers = reinterpret_cast<Normalizer<C>*>(shared);
-  static_assert(kStripColumns<T> * sizeof(Normalizer<C>) <= sizeof(ColumnLayout<T>));
+  K* constants = reinterpret_cast<K*>(shared);
+  static_assert(kStripColumns<T> * sizeof(K) <= sizeof(ColumnLayout<T>));
   for (std::int64_t unit = blockIdx.x; unit < a.matrices * a.strips; unit += gridDim.x) {
     const Piece<T> p(a, unit);
     const int column = static_cast<int>(threadIdx.x);
@@ -295,18 +294,29 @@ __global__ void __launch_bounds__(kColumnThreads, 1) column_forward_resident(cud
     if (column < p.columns) {
       const Statistic<C> s = redo ? finish_scaled<C>(again.moments, again.count, a.eps, scale)
                                   : finish<C>(total.moments, total.count, a.eps);
-      store_statistic(a, p.matrix * a.columns + p.first_column + column, s);
-      normalizers[column] = s.normalizer;
+      constants[column] = finish_column(p.matrix * a.columns + p.first_column + column, s);
     }
     device::sync_block();
-    Normalizer<C> n[E] = {};
+    K k[E] = {};
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      if (e < p.left) n[e] = normalizers[threadIdx.x % 32 * E + e];
+      if (e < p.left) k[e] = constants[threadIdx.x % 32 * E + e];
     }
     device::sync_block();  // the next piece overwrites them
-    apply_rows<T>(a, p, n);
+    apply(p, k);
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kColumnThreads, 1) column_forward_resident(cuda::ColumnForward a) {
+  using N = Normalizer<Compute<T>>;
+  for_whole_matrices<T, N>(
+      a,
+      [&](std::int64_t i, const Statistic<Compute<T>>& s) {
+        store_statistic(a, i, s);
+        return s.normalizer;
+      },
+      [&](const Piece<T>& p, const N(&n)[kPerWord<T>]) { apply_rows<T>(a, p, n); });
 }
 
 // Matrices of several pieces: first the moments of each.
@@ -358,6 +368,60 @@ __global__ void __launch_bounds__(kColumnThreads, 1) column_apply_streamed(cuda:
       if (e < p.left) n[e] = static_cast<const Normalizer<C>*>(a.normalizers)[first + e];
     }
     apply_rows<T>(a, p, n);
+  }
+}
+
+// ---- channels (BN) -----------------------------------------------------------------------------------------------
+
+// As apply_rows, with weight and bias of the column.
+template <class T>
+__device__ __forceinline__ void apply_channels(const cuda::ColumnForward& a, const Piece<T>& p,
+                                               const ChannelConstants<Compute<T>> (&k)[kPerWord<T>]) {
+  constexpr int E = kPerWord<T>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int row = 0; row < p.rows; ++row) {
+    Words data[1] = {load_word<T>(p.at(a.x, a.x_matrix_stride, a.x_row_stride, row), p.bytes(), lane)};
+    Compute<T> x[E];
+    unpack<T>(data[0], x);
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      x[e] = normalize_affine(x[e], k[e].scale, k[e].mean, k[e].rstd, k[e].shift, k[e].weight, k[e].bias);
+    }
+    data[0] = pack<T>(x);
+    store_run<T, 32, 1>(p.at(a.y, a.y_matrix_stride, a.y_row_stride, row), p.bytes(), device::kAllLanes, lane, data);
+  }
+}
+
+// Every column a channel, matrices of one piece.
+template <class T>
+__global__ void __launch_bounds__(kColumnThreads, 1)
+    column_channels_resident(cuda::ColumnForward a, cuda::Channels channels) {
+  using K = ChannelConstants<Compute<T>>;
+  for_whole_matrices<T, K>(
+      a,
+      [&](std::int64_t i, const Statistic<Compute<T>>& s) {
+        store_statistic(channels, i, s);
+        return channel_constants<T>(channels, i, s);
+      },
+      [&](const Piece<T>& p, const K(&k)[kPerWord<T>]) { apply_channels<T>(a, p, k); });
+}
+
+// The last of three kernels, where `fold` adjacent columns are a channel or there are several pieces; the second is
+// channel_statistics_kernel. Also of an inference, which has no first.
+template <class T>
+__global__ void __launch_bounds__(kColumnThreads, 1)
+    column_apply_channels(cuda::ColumnForward a, cuda::ColumnChannels channels) {
+  using K = ChannelConstants<Compute<T>>;
+  const K* constants = static_cast<const K*>(channels.channels.constants);
+  for (std::int64_t left = a.matrices * a.strips * a.pieces - blockIdx.x; left > 0; left -= gridDim.x) {
+    const Piece<T> p(a, left - 1);
+    const std::int64_t first = p.matrix * a.columns + p.first_column + threadIdx.x % 32 * kPerWord<T>;
+    K k[kPerWord<T>] = {};
+#pragma unroll
+    for (int e = 0; e < kPerWord<T>; ++e) {
+      if (e < p.left) k[e] = constants[statistic_of_column(first + e, channels.fold)];
+    }
+    apply_channels<T>(a, p, k);
   }
 }
 

@@ -96,15 +96,71 @@ struct ColumnBackward {
   char* dx;
   std::int64_t dy_matrix_stride, dy_row_stride, x_matrix_stride, x_row_stride, dx_matrix_stride, dx_row_stride;
   std::int64_t matrices, rows, columns;
-  const void* mean;    // (matrices, columns)
-  const void* rstd;    // (matrices, columns)
+  const void* mean;    // (matrices, columns / fold)
+  const void* rstd;    // (matrices, columns / fold)
+  std::int64_t fold;   // adjacent columns that share a statistic: 1 for LN
   const void* weight;  // (rows), or null
   bool parameters_as_compute;
   std::int64_t strips, pieces;
   std::int64_t partial_length;  // rows rounded up
   void* partial;                // dweight and dbias of every strip: (matrices, strips, 2, partial_length); or null
   void* piece_sums;             // streamed: GradientSums (matrices, columns, pieces)
-  void* constants;              // streamed: GradientConstants (matrices, columns)
+  void* constants;              // streamed: GradientConstants (matrices, columns / fold)
+};
+
+// ---- channels (BN) -----------------------------------------------------------------------------------------------
+
+// What belongs to a channel.
+struct Channels {
+  std::int64_t count;
+  double elements;     // of a channel
+  void* mean;          // (count): written by a forward, read by a backward; inference: running_mean
+  void* rstd;          // (count); inference: running_var
+  const void* weight;  // (count), or null
+  const void* bias;    // (count), or null
+  bool parameters_as_compute;
+  double eps, momentum;
+  void* running_mean;  // (count), or null
+  void* running_var;
+  bool training;    // backward: mean and rstd belong to this x
+  void* dweight;    // (count), or null
+  void* dbias;      // (count), or null
+  void* constants;  // ChannelConstants (count); backward: GradientConstants (count)
+};
+
+// Where the elements of channels are: of each `runs` runs of `length` adjacent elements. A run is cut into segments,
+// one for a warp; `warps` segments in a row, in the order of the runs, are a piece.
+struct Runs {
+  std::int64_t runs, length;
+  std::int64_t segments;  // of a run
+  int segment_words;
+  std::int64_t pieces;   // of a channel
+  int pieces_per_block;  // resident
+};
+
+struct PlaneForward {
+  Channels channels;
+  Runs runs;
+  const char* x;
+  char* y;
+  std::int64_t x_channel_stride, x_run_stride, y_channel_stride, y_run_stride;  // bytes
+  void* piece_moments;  // streamed: Counted (sets, channels, pieces)
+};
+
+struct PlaneBackward {
+  Channels channels;
+  Runs runs;
+  const char* dy;
+  const char* x;
+  char* dx;
+  std::int64_t dy_channel_stride, dy_run_stride, x_channel_stride, x_run_stride, dx_channel_stride, dx_run_stride;
+  void* piece_sums;  // streamed: GradientSums (channels, pieces)
+};
+
+// Columns whose statistics are channels, each `fold` adjacent columns.
+struct ColumnChannels {
+  Channels channels;
+  std::int64_t fold;
 };
 
 // ---- launchers ---------------------------------------------------------------------------------------------------
@@ -117,6 +173,24 @@ template <class T>
 void column_forward(ColumnForward args, const ColumnChoice& choice, const Context& context);
 template <class T>
 void column_backward(ColumnBackward args, const ColumnChoice& choice, const Context& context);
+// BN forward: moments and statistics, unless `inference`; then y.
+template <class T>
+void plane_forward(PlaneForward args, bool inference, const PlaneChoice& choice, const Context& context);
+template <class T>
+void plane_backward(PlaneBackward args, const PlaneChoice& choice, const Context& context);
+template <class T>
+void column_channels_forward(ColumnForward args, ColumnChannels channels, bool inference, const ColumnChoice& choice,
+                             const Context& context);
+template <class T>
+void column_channels_backward(ColumnBackward args, Channels channels, const ColumnChoice& choice,
+                              const Context& context);
+// The constants of all channels, from moments (sets, channels, places), running statistics, or sums (channels, places).
+template <class T>
+void channel_statistics(const Channels& channels, const void* moments, std::int64_t places, const Context& context);
+template <class T>
+void channel_inference(const Channels& channels, const Context& context);
+template <class T>
+void channel_gradient(const Channels& channels, const void* sums, std::int64_t places, const Context& context);
 template <class T>
 void fold_partials(const FoldPartials& args, const DeviceLimits& device, const Context& context);
 

@@ -9,5 +9,8 @@ namespace lanenorm::cuda {
 
 void layer_norm_forward(const Args& args, const Context& context);
 void layer_norm_backward(const Args& args, const Context& context);
+void batch_norm_inference(const Args& args, const Context& context);
+void batch_norm_forward(const Args& args, const Context& context);
+void batch_norm_backward(const Args& args, const Context& context);
 
 }  // namespace lanenorm::cuda

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_places import Emulated, OnGpu
 
 import lanenorm
 
@@ -60,6 +61,30 @@ def run_python():
         return done
 
     return run
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(Emulated, marks=pytest.mark.cuda_on_host, id="emulated"),
+        pytest.param(OnGpu, marks=pytest.mark.gpu, id="gpu"),
+    ]
+)
+def device(request):
+    """Where the kernels run; an emulated one is an H200 again afterwards."""
+    place = request.param()
+    yield place
+    if place.emulated:
+        place.library.set_device()
+        place.library.set_schedule("forward")
+
+
+@pytest.fixture
+def emulated():
+    """The emulated device, for tests that change its limits."""
+    place = Emulated()
+    yield place
+    place.library.set_device()
+    place.library.set_schedule("forward")
 
 
 def tool(name):

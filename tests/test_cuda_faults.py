@@ -25,7 +25,7 @@ FLAGS = {ADDRESS: ("-O0", "-fno-sanitize=undefined", "-w"), THREAD: ("-w",)}
 
 # Shared memory of a block: that of an H200; room for one piece of a long row, so that two make a cluster; for none, so
 # that it is streamed.
-H200, ONE_PIECE, NO_PIECE = 232448, 48 << 10, 4 << 10
+H200, TWO_PIECES, ONE_PIECE, NO_PIECE = 232448, 64 << 10, 48 << 10, 4 << 10
 
 
 def case(direction, rows, columns, axis=1, shift=0, shared=H200, cluster=16):
@@ -47,6 +47,21 @@ BACKWARD_CLUSTER = (case("dx", 12, 4103),)
 BACKWARD_SLABS = (case("dx", 5, 4103, cluster=1),)
 BACKWARD_COLUMNS = (case("backward", 70, 641, axis=0),)
 BACKWARD_COLUMNS_STREAMED = (case("backward", 520, 150, axis=0),)
+
+
+def batch(direction, images, channels, length, shift=0, shared=H200, cluster=16):
+    return case(f"batch{direction}", images, length, channels, shift, shared, cluster)
+
+
+# Planes of 320 and 1303 elements: one segment and two, of which the last is short; 3 pieces, the last not full.
+PLANES = (batch("forward", 2, 5, 320), batch("forward", 9, 3, 1303, shared=ONE_PIECE))
+PLANES += (batch("forward", 9, 2, 1303, shift=3, shared=ONE_PIECE),)
+PLANES_STREAMED = (batch("forward", 9, 3, 1303, shared=NO_PIECE),)
+CHANNEL_COLUMNS = (batch("forward", 520, 150, 1), batch("forward", 20, 9, 49))
+BACKWARD_PLANES = (batch("backward", 2, 5, 320), batch("backward", 9, 3, 1303, shared=TWO_PIECES))
+BACKWARD_PLANES += (batch("backward", 9, 2, 1303, shift=3, shared=TWO_PIECES),)
+BACKWARD_PLANES_STREAMED = (batch("backward", 9, 3, 1303, shared=NO_PIECE),)
+BACKWARD_CHANNEL_COLUMNS = (batch("backward", 520, 150, 1), batch("backward", 20, 9, 49))
 
 # --- The faults -------------------------------------------------------------------------------------------------------
 
@@ -148,7 +163,9 @@ FAULTS = {
             *(ADDRESS, WRONG, COLUMNS),
         ),
         "last piece of columns left out": Fault(
-            "ceil_div(plan.reduced, kPieceRows)", "plan.reduced / kPieceRows", ADDRESS, WRONG, COLUMNS_STREAMED
+            "ceil_div(plan.lines_per_statistic, kPieceRows)",
+            "plan.lines_per_statistic / kPieceRows",
+            *(ADDRESS, WRONG, COLUMNS_STREAMED),
         ),
     },
     "row_norm_long.cuh": {
@@ -187,9 +204,9 @@ FAULTS = {
             "row += clusters)", "row += gridDim.x)", ADDRESS, WRONG, RESIDENT
         ),
         "moments of a piece not written": Fault(
-            "if (threadIdx.x == 0) moments[", "if (threadIdx.x == 0 && unit != 1) moments[", ADDRESS, WRONG, STREAMED
+            "if (threadIdx.x == 0) to[", "if (threadIdx.x == 0 && blockIdx.x != 1) to[", ADDRESS, WRONG, STREAMED
         ),
-        "scratch of the piece before used again": Fault("parity ^= 1;", "", THREAD, RACE, STREAMED),
+        "scratch of the piece before used again": Fault("*parity ^= 1;", "", THREAD, RACE, STREAMED),
         "last piece not written": Fault("left > 0;", "left > 1;", ADDRESS, WRONG, STREAMED),
     },
     "row_gradient.cuh": {
@@ -215,7 +232,7 @@ FAULTS = {
             f"{BARRIER} if (part == 0", "if (part == 0", THREAD, RACE, BACKWARD_GROUP
         ),
         "no barrier before the next columns are folded": Fault(
-            f"static_cast<T>(total); }} }} {BARRIER}", "static_cast<T>(total); } }", THREAD, RACE, BACKWARD_GROUP
+            f"column, total); }} {BARRIER}", "column, total); }", THREAD, RACE, BACKWARD_GROUP
         ),
         "scratch of the row before used again": Fault(
             "parity ^= 1; row_sums", "row_sums", THREAD, RACE, BACKWARD_BLOCK
@@ -244,7 +261,7 @@ FAULTS = {
         ),
         "no barrier behind the fold": Fault(f"{BARRIER} return total;", "return total;", THREAD, RACE, COLUMNS),
         "no barrier before the normalizers are read": Fault(
-            f"{BARRIER} Normalizer<C> n[E] = {{}};", "Normalizer<C> n[E] = {};", THREAD, RACE, COLUMNS
+            f"{BARRIER} K k[E] = {{}};", "K k[E] = {};", THREAD, RACE, COLUMNS
         ),
         "no barrier before the next piece": Fault(
             f"{BARRIER} // the next piece overwrites them", "", THREAD, RACE, COLUMNS
@@ -285,6 +302,96 @@ FAULTS = {
             "if (static_cast<int>(threadIdx.x) < p.columns) { static_cast<GradientSums*>",
             "if (static_cast<int>(threadIdx.x) < p.columns && p.piece == 0) { static_cast<GradientSums*>",
             *(ADDRESS, WRONG, BACKWARD_COLUMNS_STREAMED),
+        ),
+    },
+    "channel.cuh": {
+        "running statistics by every channel's warp but the last": Fault(
+            "if (a.running_mean == nullptr) return;",
+            "if (a.running_mean == nullptr || channel + 1 == a.count) return;",
+            *(ADDRESS, WRONG, CHANNEL_COLUMNS),
+        ),
+        "weight of the channel before": Fault(
+            "a.parameters_as_compute, channel, Compute<T>(1)",
+            "a.parameters_as_compute, channel / 2, Compute<T>(1)",
+            *(ADDRESS, WRONG, PLANES),
+        ),
+        "places of the channel left out": Fault(
+            "fold_places(places, [&](std::int64_t i) { return moments[i]; });",
+            "fold_places(places - 1, [&](std::int64_t i) { return moments[i]; });",
+            *(ADDRESS, WRONG, CHANNEL_COLUMNS),
+        ),
+        "dbias not stored": Fault(
+            "if (first && a.dbias != nullptr)", "if (false)", ADDRESS, WRONG, BACKWARD_CHANNEL_COLUMNS
+        ),
+    },
+    "plane_norm.cuh": {
+        "segment of a run that is not there": Fault(
+            "run < runs.runs ? runs.length : 0", "runs.length", ADDRESS, "wrong: |overflow", PLANES_STREAMED
+        ),
+        "no wait for the copy": Fault("device::copy_wait<0>();", "", ADDRESS, "wrong: |exits without waiting", PLANES),
+        "no barrier behind the copy": Fault(
+            "device::sync_warp(device::kAllLanes); Words data", "Words data", THREAD, RACE, PLANES
+        ),
+        "no barrier before the slots are filled again": Fault(
+            "device::sync_warp(device::kAllLanes); // the slots are read",
+            "",
+            *(THREAD, RACE, (batch("forward", 2, 1400, 320, shift=3),)),
+        ),
+        "no barrier before the warps of a piece are folded": Fault(
+            f"{BARRIER} for (int piece", "for (int piece", THREAD, RACE, PLANES
+        ),
+        "no cluster barrier before the exchange": Fault(
+            f"{CLUSTER_BARRIER} const M total", "const M total", THREAD, "before the first sync_cluster|race", PLANES
+        ),
+        "no cluster barrier behind the exchange": Fault(
+            f"{CLUSTER_BARRIER} // the other blocks have read", "", THREAD, "data race|has exited", PLANES
+        ),
+        "warps that are not there": Fault(
+            "place < warps ? shared.warps[piece][place] : M{}",
+            "shared.warps[piece][place]",
+            *(ADDRESS, WRONG, PLANES),
+        ),
+        "slots that overlap": Fault(
+            "place * (runs.segment_words + cuda::kSlotSpare)",
+            "place * (runs.segment_words - 8)",
+            *(THREAD, "data race|wrong", PLANES),
+        ),
+        "slots one piece short": Fault(
+            "tensors * choice.pieces_per_block * choice.warps",
+            "tensors * choice.pieces_per_block * (choice.warps - 1)",
+            *(ADDRESS, "overflow", PLANES),
+        ),
+        "last piece not written": Fault(
+            "i < units; i += gridDim.x", "i < units - 1; i += gridDim.x", ADDRESS, WRONG, PLANES_STREAMED
+        ),
+        "statistics stored by a block that has another piece": Fault(
+            "std::int64_t{device::cluster_rank()} * runs.pieces_per_block",
+            "std::int64_t{device::cluster_rank()} * runs.pieces_per_block / 2",
+            *(ADDRESS, WRONG, PLANES),
+        ),
+    },
+    "plane_gradient.cuh": {
+        "dy in the place of x": Fault(
+            "slot<M>(a.runs, piece, 1), lane, 32", "slot<M>(a.runs, piece), lane, 32", ADDRESS, "wrong", BACKWARD_PLANES
+        ),
+        "no wait for the copy": Fault(
+            "device::copy_wait<0>();", "", ADDRESS, "wrong: |exits without waiting", BACKWARD_PLANES
+        ),
+        "scratch of the piece before used again": Fault(
+            "parity ^= 1;", "", THREAD, RACE, (batch("backward", 9, 530, 1303, shared=NO_PIECE),)
+        ),
+        "sums of a piece not written": Fault(
+            "if (threadIdx.x == 0) static_cast<GradientSums*>",
+            "if (threadIdx.x == 0 && piece == 0) static_cast<GradientSums*>",
+            *(ADDRESS, WRONG, BACKWARD_PLANES_STREAMED),
+        ),
+    },
+    "batch_norm.cu": {
+        "channels of a fold counted as columns": Fault(
+            "a.fold = plan.fold;", "a.fold = 1;", ADDRESS, "wrong: |overflow", BACKWARD_CHANNEL_COLUMNS
+        ),
+        "running statistics not given": Fault(
+            "channels.running_mean = running_mean.data();", "", ADDRESS, WRONG, CHANNEL_COLUMNS
         ),
     },
 }

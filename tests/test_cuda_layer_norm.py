@@ -4,9 +4,6 @@ Every test runs twice: emulated on the CPU (marker cuda_on_host), and with CuPy 
 the limits of the device run emulated only.
 """
 
-import ctypes
-import shutil
-
 import numpy as np
 import pytest
 import reference
@@ -33,84 +30,6 @@ from cases import (
     scaled_makers,
     sweep_groups,
 )
-
-import lanenorm
-
-# ---- Where it runs --------------------------------------------------------------------------------------------------
-
-
-class Emulated:
-    """The kernels on the CPU: arrays are NumPy's."""
-
-    emulated = True
-
-    def __init__(self):
-        if shutil.which("g++") is None:
-            pytest.skip("no g++, which builds the emulated kernels")
-        import cuda_on_host
-
-        self.library = cuda_on_host
-
-    def to_device(self, array):
-        return array
-
-    def to_host(self, array):
-        return array
-
-
-class OnGpu:
-    """The kernels on the GPU: arrays are CuPy's, with strides and alignment of the NumPy arrays they come from."""
-
-    emulated = False
-
-    def __init__(self):
-        self.cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-        reason = lanenorm.cuda_unavailable_reason()
-        if reason is not None:
-            pytest.skip(f"no CUDA: {reason}")
-        self.library = lanenorm
-
-    def to_device(self, array):
-        if array is None or array.size == 0:
-            return None if array is None else self.cupy.empty(array.shape, array.dtype)
-        low, high = np.lib.array_utils.byte_bounds(array)
-        place = low % 256
-        memory = self.cupy.empty(place + high - low, np.uint8)
-        content = np.frombuffer((ctypes.c_char * (high - low)).from_address(low), np.uint8)
-        memory[place:] = self.cupy.asarray(content)
-        start = memory.data + (array.ctypes.data - low + place)
-        return self.cupy.ndarray(array.shape, array.dtype, memptr=start, strides=array.strides)
-
-    def to_host(self, array):
-        if array is None:
-            return None
-        like = np.empty_like(np.lib.stride_tricks.as_strided(np.empty(1, array.dtype), array.shape, array.strides))
-        like[...] = array.get()
-        return like
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(Emulated, marks=pytest.mark.cuda_on_host, id="emulated"),
-        pytest.param(OnGpu, marks=pytest.mark.gpu, id="gpu"),
-    ]
-)
-def device(request):
-    """Where the kernels run; an emulated one is an H200 again afterwards."""
-    place = request.param()
-    yield place
-    if place.emulated:
-        place.library.set_device()
-        place.library.set_schedule("forward")
-
-
-@pytest.fixture
-def emulated():
-    """The emulated device, for tests that change its limits."""
-    place = Emulated()
-    yield place
-    place.library.set_device()
-    place.library.set_schedule("forward")
 
 
 def forward(device, x, weight=None, bias=None, **keywords):

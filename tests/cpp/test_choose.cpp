@@ -157,6 +157,86 @@ void grids_stay_small() {
   }
 }
 
+// Channels of (images, channels, length), of float32.
+PlaneChoice planes_of(std::int64_t images, std::int64_t channels, std::int64_t length,
+                      const DeviceLimits& device = kH200, int tensors = 1) {
+  const std::int64_t shape[] = {images, channels, length}, strides[] = {4 * channels * length, 4 * length, 4};
+  const View x{nullptr, DType::float32, 3, shape, strides, true};
+  const bool reduced[kMaxAxes] = {true, false, true};
+  auto plan = std::make_unique<Plan>();
+  make_plan(x, strides, nullptr, reduced, Affine::per_statistic, plan.get());
+  return choose_planes(*plan, device, DType::float32, tensors);
+}
+
+void planes_are_cut_into_segments_and_pieces() {
+  struct Expected {
+    std::int64_t images, length, segments;
+    int segment_words, warps;
+    std::int64_t pieces;
+  };
+  for (const Expected& e : {Expected{1, 400, 1, 104, 1, 1},   // 20 x 20: a warp
+                            Expected{1, 3136, 4, 200, 4, 1},  // 56 x 56: 784 words
+                            Expected{32, 784, 1, 200, 8, 4},  // 28 x 28 of 32 images
+                            Expected{9, 1303, 2, 168, 8, 3},  // 18 segments, the last piece has 2
+                            Expected{32, 12544, 13, 248, 8, 52}}) {
+    const PlaneChoice c = planes_of(e.images, 7, e.length);
+    CHECK_EQ(c.segments, e.segments);
+    CHECK_EQ(c.segment_words, e.segment_words);
+    CHECK_EQ(c.warps, e.warps);
+    CHECK_EQ(c.pieces, e.pieces);
+    CHECK(c.segment_words <= kSegmentWords);
+    CHECK(c.segments * c.segment_words * 4 >= e.length);
+    CHECK((c.segments - 1) * c.segment_words * 4 < e.length);
+  }
+}
+
+void resident_channels_fit() {
+  for (const DeviceLimits& device : {kH200, kTuring}) {
+    for (const int tensors : {1, 2}) {
+      for (const std::int64_t images : {1, 8, 32, 256}) {
+        for (const std::int64_t length : {256, 784, 3136, 12544, 50176}) {
+          for (const std::int64_t channels : {1, 3, 64, 2048}) {
+            const PlaneChoice c = planes_of(images, channels, length, device, tensors);
+            CHECK(c.streamed_blocks >= 1);
+            CHECK(c.streamed_blocks < 100000);
+            if (c.pieces_per_block == 0) continue;
+            const std::int64_t slots = c.pieces_per_block * c.warps * (c.segment_words + kSlotSpare) * 16;
+            CHECK(kPlaneBytes + tensors * slots <= device.shared_per_block);
+            CHECK(c.pieces_per_block <= kPlanePieces);
+            CHECK(c.cluster <= device.max_cluster);
+            CHECK(std::int64_t{c.cluster} * c.pieces_per_block >= c.pieces);
+            CHECK(c.blocks >= c.cluster);
+            CHECK_EQ(c.blocks % c.cluster, 0);
+          }
+        }
+      }
+    }
+  }
+  // ResNet-50 at batch 32 is read once, but for the largest planes of a backward.
+  CHECK_EQ(planes_of(32, 64, 112 * 112).cluster, 8);
+  CHECK_EQ(planes_of(32, 64, 112 * 112).pieces_per_block, 7);
+  CHECK_EQ(planes_of(32, 64, 112 * 112, kH200, 2).pieces_per_block, 0);
+  CHECK_EQ(planes_of(32, 256, 56 * 56).cluster, 8);
+  CHECK(planes_of(32, 256, 56 * 56, kH200, 2).pieces_per_block > 0);
+  // Few channels: all processors, three passes.
+  CHECK_EQ(planes_of(32, 3, 224 * 224).pieces_per_block, 0);
+}
+
+void bits_of_planes_do_not_depend_on_the_device() {
+  for (const std::int64_t length : {256, 1303, 50176}) {
+    for (const std::int64_t images : {1, 3, 32}) {
+      const PlaneChoice a = planes_of(images, 5, length);
+      for (const int tensors : {1, 2}) {
+        const PlaneChoice b = planes_of(images, 5, length, kTuring, tensors);
+        CHECK_EQ(a.segments, b.segments);
+        CHECK_EQ(a.segment_words, b.segment_words);
+        CHECK_EQ(a.warps, b.warps);
+        CHECK_EQ(a.pieces, b.pieces);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -167,5 +247,8 @@ int main() {
   columns_are_cut_into_strips_and_pieces();
   bits_do_not_depend_on_the_device();
   grids_stay_small();
+  planes_are_cut_into_segments_and_pieces();
+  resident_channels_fit();
+  bits_of_planes_do_not_depend_on_the_device();
   return finish();
 }

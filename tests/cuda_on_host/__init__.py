@@ -13,6 +13,9 @@ from lanenorm import NormBackward, NormForward
 from .build import Builder
 
 __all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_forward",
@@ -43,6 +46,34 @@ def layer_norm_forward(x, weight=None, bias=None, *, axis=-1, eps=1e-5, out=None
 def layer_norm_backward(dy, x, mean, rstd, weight=None, *, axis=-1, param_grads=True, out=None):
     """As `lanenorm.layer_norm_backward`."""
     return NormBackward(*_emulated().layer_norm_backward(dy, x, mean, rstd, weight, axis, param_grads, out))
+
+
+def batch_norm(x, running_mean, running_var, weight=None, bias=None, *, channel_axis=1, eps=1e-5, out=None):
+    """As `lanenorm.batch_norm`."""
+    return _emulated().batch_norm(x, running_mean, running_var, weight, bias, channel_axis, eps, out)
+
+
+def batch_norm_forward(
+    x,
+    weight=None,
+    bias=None,
+    *,
+    running_mean=None,
+    running_var=None,
+    momentum=0.1,
+    channel_axis=1,
+    eps=1e-5,
+    out=None,
+):
+    """As `lanenorm.batch_norm_forward`."""
+    arguments = (x, weight, bias, running_mean, running_var, momentum, channel_axis, eps, out)
+    return NormForward(*_emulated().batch_norm_forward(*arguments))
+
+
+def batch_norm_backward(dy, x, mean, rstd, weight=None, *, channel_axis=1, training=True, param_grads=True, out=None):
+    """As `lanenorm.batch_norm_backward`."""
+    arguments = (dy, x, mean, rstd, weight, channel_axis, training, param_grads, out)
+    return NormBackward(*_emulated().batch_norm_backward(*arguments))
 
 
 def set_device(

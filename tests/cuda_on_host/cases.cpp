@@ -1,15 +1,20 @@
 // The CUDA operations on a few arrays for test_cuda_faults.py, so that a kernel with a fault can be built and run
 // without Python, under a sanitizer, in seconds.
 //
-// cases forward,ROWS,COLUMNS,AXIS,SHIFT,SHARED,CLUSTER ... (or backward,... or dx,...: without dweight and dbias): runs
-// these on a device with 132 multiprocessors, in both schedules, and on one with a single multiprocessor. SHIFT:
-// elements between a 16-byte border and the arrays; SHARED: bytes of shared memory a block may have; CLUSTER: blocks a
-// cluster may have. Prints a hash of the results of each; on an error, a value that is wrong, or bits that differ
-// between these runs, a line that says so, and the exit code is 1. All arrays are exactly as large as they must be.
+// cases forward,ROWS,COLUMNS,AXIS,SHIFT,SHARED,CLUSTER ... (or backward,... or dx,...: without dweight and dbias):
+// layer norms of (ROWS, COLUMNS) arrays. cases batchforward,IMAGES,LENGTH,CHANNELS,... (or batchbackward,...): batch
+// norms of (IMAGES, CHANNELS, LENGTH) arrays. Runs these on a device with 132 multiprocessors, in both schedules, and
+// on one with a single multiprocessor. SHIFT: elements between a 16-byte border and the arrays (but for y and dx of
+// batch norms, so that nothing but the loads is unaligned); SHARED: bytes of shared memory a block may have; CLUSTER:
+// blocks a cluster may have. Prints a hash of the results of each; on an error, a value that is wrong, or bits that
+// differ between these runs, a line that says so, and the exit code is 1. All arrays are exactly as large as they must
+// be.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -34,9 +39,12 @@ using namespace lanenorm;
 // closed to it too, as far as ASAN can: by eight bytes.
 class Array {
  public:
-  Array(std::int64_t rows, std::int64_t columns, int shift = 0)
-      : shape_{rows, columns}, strides_{4 * columns, 4}, memory_(new float[rows * columns + shift]), shift_(shift) {
-    std::memset(memory_.get(), 0xff, static_cast<std::size_t>(rows * columns + shift) * sizeof(float));
+  explicit Array(std::initializer_list<std::int64_t> shape, int shift = 0)
+      : axes_(static_cast<int>(shape.size())), shape_{1, 1, 1}, strides_{4, 4, 4}, shift_(shift) {
+    std::copy(shape.begin(), shape.end(), shape_);
+    for (int axis = axes_ - 2; axis >= 0; --axis) strides_[axis] = strides_[axis + 1] * shape_[axis + 1];
+    memory_.reset(new float[size() + shift]);
+    std::memset(memory_.get(), 0xff, static_cast<std::size_t>(size() + shift) * sizeof(float));
     if (__asan_poison_memory_region != nullptr) __asan_poison_memory_region(memory_.get(), closed());
   }
   ~Array() {
@@ -44,15 +52,16 @@ class Array {
   }
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
-  std::int64_t size() const { return shape_[0] * shape_[1]; }
+  std::int64_t size() const { return shape_[0] * shape_[1] * shape_[2]; }
   float* data() const { return memory_.get() + shift_; }
   float& operator[](std::int64_t i) const { return data()[i]; }
-  View view() const { return {data(), DType::float32, 2, shape_, strides_, true}; }
+  View view() const { return {data(), DType::float32, axes_, shape_, strides_, true}; }
 
  private:
   std::size_t closed() const { return static_cast<std::size_t>(shift_) * sizeof(float) / 8 * 8; }
 
-  std::int64_t shape_[2], strides_[2];
+  int axes_;
+  std::int64_t shape_[3], strides_[3];
   std::unique_ptr<float[]> memory_;
   int shift_;
 };
@@ -74,9 +83,10 @@ std::uint64_t bits(const Array& array, std::uint64_t hash) {  // FNV-1a
 // ---- The operations, once in float64 and once by the kernels -----------------------------------------------------
 
 struct Case {
-  bool backward, param_grads;
+  bool batch, backward, param_grads;
   long long rows, columns;
-  int axis, shift, shared, cluster;
+  int axis;  // batch: number of channels
+  int shift, shared, cluster;
 };
 
 Case parse(const char* text) {
@@ -86,12 +96,15 @@ Case parse(const char* text) {
                   &c.cluster) != 7) {
     throw std::runtime_error("not a case");
   }
-  c.backward = std::strcmp(direction, "forward") != 0;
-  c.param_grads = std::strcmp(direction, "backward") == 0;
+  c.batch = std::strncmp(direction, "batch", 5) == 0;
+  const char* what = direction + (c.batch ? 5 : 0);
+  c.backward = std::strcmp(what, "forward") != 0;
+  c.param_grads = std::strcmp(what, "backward") == 0;
   return c;
 }
 
 constexpr double kEps = 1e-5;
+constexpr double kMomentum = 0.25;
 constexpr float kOffset = 100.0f;
 
 void expect(const char* what, const Array& got, std::int64_t i, double exact, double scale) {
@@ -103,35 +116,67 @@ void expect(const char* what, const Array& got, std::int64_t i, double exact, do
   throw std::runtime_error(text);
 }
 
+// How the slices of a case lie in its array, and which element of weight and bias belongs to which element.
+struct Slices {
+  std::int64_t count, length;
+  explicit Slices(const Case& of)
+      : count(of.batch       ? of.axis
+              : of.axis == 1 ? of.rows
+                             : of.columns),
+        length(of.batch       ? of.rows * of.columns
+               : of.axis == 1 ? of.columns
+                              : of.rows),
+        case_(of) {}
+  std::int64_t at(std::int64_t slice, std::int64_t i) const {
+    if (case_.batch) return (i / case_.columns * count + slice) * case_.columns + i % case_.columns;
+    return case_.axis == 1 ? slice * case_.columns + i : i * case_.columns + slice;
+  }
+  std::int64_t parameters() const { return case_.batch ? count : length; }
+  std::size_t parameter(std::int64_t slice, std::int64_t i) const {
+    return static_cast<std::size_t>(case_.batch ? slice : i);
+  }
+
+ private:
+  const Case& case_;
+};
+
 // One run of a case; the hash of all results.
 std::uint64_t run(const Case& c) {
-  const std::int64_t count = c.axis == 1 ? c.columns : c.rows, slices = c.axis == 1 ? c.rows : c.columns;
-  const auto at = [&](std::int64_t slice, std::int64_t i) {
-    return c.axis == 1 ? slice * c.columns + i : i * c.columns + slice;
-  };
+  const Slices slices(c);
   const std::int64_t axis = c.axis;
   const AxisList axes{&axis, 1};
-  const Array x(c.rows, c.columns, c.shift), y(c.rows, c.columns, c.shift), dy(c.rows, c.columns, c.shift);
-  const Array weight(1, count, c.shift), bias(1, count, c.shift), dweight(1, count), dbias(1, count);
-  const Array mean(c.axis == 1 ? slices : 1, c.axis == 1 ? 1 : slices);
-  const Array rstd(c.axis == 1 ? slices : 1, c.axis == 1 ? 1 : slices);
+  const auto tensor = [&](int shift) {
+    return c.batch ? Array({c.rows, c.axis, c.columns}, shift) : Array({c.rows, c.columns}, shift);
+  };
+  const auto statistic = [&] {
+    if (c.batch) return Array({slices.count});
+    return c.axis == 1 ? Array({slices.count, 1}) : Array({1, slices.count});
+  };
+  const Array x = tensor(c.shift), y = tensor(c.batch ? 0 : c.shift), dy = tensor(c.shift);
+  const Array weight({slices.parameters()}, c.shift), bias({slices.parameters()}, c.shift);
+  const Array dweight({slices.parameters()}), dbias({slices.parameters()});
+  const Array mean = statistic(), rstd = statistic(), running_mean = statistic(), running_var = statistic();
   fill(x, 1, kOffset);
   fill(dy, 2, 0.0f);
   fill(weight, 3, 0.0f);
   fill(bias, 4, 0.0f);
-  const View weights{weight.data(), DType::float32, 1, &count, weight.view().strides + 1, true};
-  const View biases{bias.data(), DType::float32, 1, &count, bias.view().strides + 1, true};
+  fill(running_mean, 5, 0.0f);
+  fill(running_var, 6, 2.0f);
+  const View weights = weight.view(), biases = bias.view();
 
-  std::vector<double> means(static_cast<std::size_t>(slices)), rstds(means);
-  for (std::int64_t s = 0; s < slices; ++s) {
+  std::vector<double> means(static_cast<std::size_t>(slices.count)), rstds(means), variances(means);
+  const auto n = static_cast<double>(slices.length);
+  for (std::int64_t s = 0; s < slices.count; ++s) {
+    const auto k = static_cast<std::size_t>(s);
     double sum = 0, squares = 0;
-    for (std::int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[at(s, i)]);
-    for (std::int64_t i = 0; i < count; ++i) {
-      const double d = static_cast<double>(x[at(s, i)]) - sum / static_cast<double>(count);
+    for (std::int64_t i = 0; i < slices.length; ++i) sum += static_cast<double>(x[slices.at(s, i)]);
+    for (std::int64_t i = 0; i < slices.length; ++i) {
+      const double d = static_cast<double>(x[slices.at(s, i)]) - sum / n;
       squares += d * d;
     }
-    means[static_cast<std::size_t>(s)] = sum / static_cast<double>(count);
-    rstds[static_cast<std::size_t>(s)] = 1.0 / std::sqrt(squares / static_cast<double>(count) + kEps);
+    means[k] = sum / n;
+    variances[k] = squares / n;
+    rstds[k] = 1.0 / std::sqrt(variances[k] + kEps);
   }
 
   on_host::Workspace workspace;
@@ -143,56 +188,75 @@ std::uint64_t run(const Case& c) {
   Args args;
   const View vx = x.view(), vdy = dy.view(), vmean = mean.view(), vrstd = rstd.view();
   if (!c.backward) {
-    check_layer_norm_forward("layer_norm_forward", vx, &weights, &biases, axes, kEps, nullptr, &args);
+    const View vrunning_mean = running_mean.view(), vrunning_var = running_var.view();
+    if (c.batch) {
+      check_batch_norm_forward("batch_norm_forward", vx, &weights, &biases, &vrunning_mean, &vrunning_var, kMomentum, 1,
+                               kEps, nullptr, &args);
+    } else {
+      check_layer_norm_forward("layer_norm_forward", vx, &weights, &biases, axes, kEps, nullptr, &args);
+    }
     args.y = y.data();
     attach_statistics(vx, vmean, vrstd, &args);
-    cuda::layer_norm_forward(args, context);
-    for (std::int64_t s = 0; s < slices; ++s) {
-      const double m = means[static_cast<std::size_t>(s)], r = rstds[static_cast<std::size_t>(s)];
+    const Array old_mean = statistic(), old_var = statistic();
+    fill(old_mean, 5, 0.0f);
+    fill(old_var, 6, 2.0f);
+    c.batch ? cuda::batch_norm_forward(args, context) : cuda::layer_norm_forward(args, context);
+    for (std::int64_t s = 0; s < slices.count; ++s) {
+      const auto k = static_cast<std::size_t>(s);
+      const double m = means[k], r = rstds[k];
       expect("mean", mean, s, m, std::fabs(m));
       expect("rstd", rstd, s, r, r);
-      for (std::int64_t i = 0; i < count; ++i) {
-        const double normalized = (static_cast<double>(x[at(s, i)]) - m) * r;
-        const double w = static_cast<double>(weight[i]), b = static_cast<double>(bias[i]);
-        expect("y", y, at(s, i), normalized * w + b, 1.0 + std::fabs(normalized));
+      if (c.batch) {
+        const auto moved = [](double old, double now) { return (1 - kMomentum) * old + kMomentum * now; };
+        expect("running_mean", running_mean, s, moved(static_cast<double>(old_mean[s]), m), std::fabs(m));
+        expect("running_var", running_var, s, moved(static_cast<double>(old_var[s]), variances[k] * n / (n - 1)), 2.0);
+      }
+      for (std::int64_t i = 0; i < slices.length; ++i) {
+        const double normalized = (static_cast<double>(x[slices.at(s, i)]) - m) * r;
+        const auto p = static_cast<std::int64_t>(slices.parameter(s, i));
+        const double w = static_cast<double>(weight[p]), b = static_cast<double>(bias[p]);
+        expect("y", y, slices.at(s, i), normalized * w + b, 1.0 + std::fabs(normalized));
       }
     }
-    return bits(rstd, bits(mean, bits(y, 0xcbf29ce484222325u)));
+    return bits(running_var, bits(running_mean, bits(rstd, bits(mean, bits(y, 0xcbf29ce484222325u)))));
   }
 
-  for (std::int64_t s = 0; s < slices; ++s) {
+  for (std::int64_t s = 0; s < slices.count; ++s) {
     mean[s] = static_cast<float>(means[static_cast<std::size_t>(s)]);
     rstd[s] = static_cast<float>(rstds[static_cast<std::size_t>(s)]);
   }
-  check_layer_norm_backward("layer_norm_backward", vdy, vx, vmean, vrstd, &weights, axes, nullptr, &args);
+  if (c.batch) {
+    check_batch_norm_backward("batch_norm_backward", vdy, vx, vmean, vrstd, &weights, 1, true, nullptr, &args);
+  } else {
+    check_layer_norm_backward("layer_norm_backward", vdy, vx, vmean, vrstd, &weights, axes, nullptr, &args);
+  }
   args.y = y.data();
-  const View dweights{dweight.data(), DType::float32, 1, &count, weights.strides, true};
-  const View dbiases{dbias.data(), DType::float32, 1, &count, weights.strides, true};
-  if (c.param_grads) attach_parameters(vx, dweights, dbiases, &args);
-  cuda::layer_norm_backward(args, context);
-  std::vector<double> weight_sums(static_cast<std::size_t>(count)), bias_sums(weight_sums), terms(weight_sums);
-  for (std::int64_t s = 0; s < slices; ++s) {
+  if (c.param_grads) attach_parameters(vx, dweight.view(), dbias.view(), &args);
+  c.batch ? cuda::batch_norm_backward(args, context) : cuda::layer_norm_backward(args, context);
+  std::vector<double> weight_sums(static_cast<std::size_t>(slices.parameters())), bias_sums(weight_sums),
+      terms(weight_sums);
+  for (std::int64_t s = 0; s < slices.count; ++s) {
     const double m = means[static_cast<std::size_t>(s)], r = rstds[static_cast<std::size_t>(s)];
     double g = 0, gx = 0;
-    const auto normalized = [&](std::int64_t i) { return (static_cast<double>(x[at(s, i)]) - m) * r; };
+    const auto normalized = [&](std::int64_t i) { return (static_cast<double>(x[slices.at(s, i)]) - m) * r; };
     const auto gradient = [&](std::int64_t i) {
-      return static_cast<double>(dy[at(s, i)]) * static_cast<double>(weight[i]);
+      return static_cast<double>(dy[slices.at(s, i)]) *
+             static_cast<double>(weight[static_cast<std::int64_t>(slices.parameter(s, i))]);
     };
-    for (std::int64_t i = 0; i < count; ++i) {
-      const auto k = static_cast<std::size_t>(i);
-      const double d = static_cast<double>(dy[at(s, i)]);
+    for (std::int64_t i = 0; i < slices.length; ++i) {
+      const std::size_t k = slices.parameter(s, i);
+      const double d = static_cast<double>(dy[slices.at(s, i)]);
       g += gradient(i);
       gx += gradient(i) * normalized(i);
       weight_sums[k] += d * normalized(i);
       bias_sums[k] += d;
       terms[k] += std::fabs(d) * (1.0 + std::fabs(normalized(i)));
     }
-    for (std::int64_t i = 0; i < count; ++i) {
-      const double n = static_cast<double>(count);
-      expect("dx", y, at(s, i), r * (gradient(i) - g / n - normalized(i) * gx / n), r);
+    for (std::int64_t i = 0; i < slices.length; ++i) {
+      expect("dx", y, slices.at(s, i), r * (gradient(i) - g / n - normalized(i) * gx / n), r);
     }
   }
-  for (std::int64_t i = 0; i < count && c.param_grads; ++i) {
+  for (std::int64_t i = 0; i < slices.parameters() && c.param_grads; ++i) {
     const auto k = static_cast<std::size_t>(i);
     expect("dweight", dweight, i, weight_sums[k], terms[k]);
     expect("dbias", dbias, i, bias_sums[k], terms[k]);

@@ -46,6 +46,9 @@ struct Emulated {
 
   void layer_norm_forward(const Args& args) const { with_workspace(args, cuda::layer_norm_forward); }
   void layer_norm_backward(const Args& args) const { with_workspace(args, cuda::layer_norm_backward); }
+  void batch_norm_inference(const Args& args) const { with_workspace(args, cuda::batch_norm_inference); }
+  void batch_norm_forward(const Args& args) const { with_workspace(args, cuda::batch_norm_forward); }
+  void batch_norm_backward(const Args& args) const { with_workspace(args, cuda::batch_norm_backward); }
 
  private:
   static void with_workspace(const Args& args, void (*operation)(const Args&, const cuda::Context&)) {
@@ -82,6 +85,7 @@ PYBIND11_MODULE(_emulated, m) {
   m.doc() = "The CUDA operations on NumPy arrays, run by the emulator; use cuda_on_host's functions instead.";
   register_errors();
   bind_layer_norm<Emulated>(m);
+  bind_batch_norm<Emulated>(m);
   m.def("set_device", &set_device);
   m.def("set_schedule", &set_schedule);
   m.def("take_launches", &take_launches);

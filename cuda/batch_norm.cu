@@ -1,0 +1,230 @@
+// Batch norm: from Args to the kernels of planes and of columns, and empty inputs.
+#include "cuda/choose.hpp"
+#include "cuda/launch.hpp"
+#include "cuda/norms.hpp"
+#include "cuda/operands.hpp"
+
+namespace lanenorm::cuda {
+namespace {
+
+// ---- channels ----------------------------------------------------------------------------------------------------
+
+Channels channels_of(const Args& args, const Parameters& parameters) {
+  Channels c{};
+  c.count = args.plan.statistics;
+  c.elements = static_cast<double>(args.plan.reduced);
+  c.weight = parameters.weight;
+  c.bias = parameters.bias;
+  c.parameters_as_compute = parameters.as_compute;
+  c.eps = args.eps;
+  c.momentum = args.momentum;
+  c.training = args.training;
+  return c;
+}
+
+// `count` of them from `first` on.
+Channels part_of(Channels c, std::int64_t first, std::int64_t count, const Args& args) {
+  const std::int64_t at = first * size(statistics_dtype(args.dtype)), parameter_at = first * size(args.parameter_dtype);
+  c.count = count;
+  for (void** statistic : {&c.mean, &c.rstd, &c.running_mean, &c.running_var}) *statistic = advance(*statistic, at);
+  for (const void** parameter : {&c.weight, &c.bias}) *parameter = advance(*parameter, parameter_at);
+  for (void** gradient : {&c.dweight, &c.dbias}) *gradient = advance(*gradient, parameter_at);
+  return c;
+}
+
+// A running statistic, read and written.
+class Running {
+ public:
+  Running(const Vector& v, DType dtype, const Context& context)
+      : data_(const_cast<void*>(input_vector(v, dtype, size(dtype), context))),
+        vector_(v),
+        bytes_(size(dtype)),
+        context_(context) {}
+  void* data() const { return data_; }
+  void finish() const {
+    if (data_ == vector_.data) return;
+    copy_lines(nest_of(vector_), dense(static_cast<char*>(data_), vector_.loop.count, bytes_), 0, 1, bytes_, context_);
+  }
+
+ private:
+  void* data_;
+  const Vector& vector_;
+  std::int64_t bytes_;
+  const Context& context_;
+};
+
+// ---- planes ------------------------------------------------------------------------------------------------------
+
+Runs runs_of(const Plan& plan) {
+  Runs runs{};
+  runs.runs = plan.lines_per_statistic;
+  runs.length = plan.inner;
+  return runs;
+}
+
+void planes_forward(const Args& args, const Channels& channels, bool inference, const Context& context) {
+  const Plan& plan = args.plan;
+  const std::int64_t bytes = size(args.dtype);
+  Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
+  const PlaneChoice choice = choose_planes(plan, device_limits(context.device), args.dtype, 1);
+  for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t count) {
+    x.read(first, count, context);
+    PlaneForward a{};
+    a.channels = part_of(channels, first, count, args);
+    a.runs = runs_of(plan);
+    a.x = x.data(first);
+    a.y = y.data(first);
+    a.x_channel_stride = x.unit_stride();
+    a.x_run_stride = x.line_stride();
+    a.y_channel_stride = y.unit_stride();
+    a.y_run_stride = y.line_stride();
+    visit(args.dtype, [&](auto tag) { plane_forward<typename decltype(tag)::Type>(a, inference, choice, context); });
+    y.write(first, count, context);
+  });
+}
+
+void planes_backward(const Args& args, const Channels& channels, const Context& context) {
+  const Plan& plan = args.plan;
+  const std::int64_t bytes = size(args.dtype);
+  Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
+  const PlaneChoice choice = choose_planes(plan, device_limits(context.device), args.dtype, 2);
+  for_batches({&x, &dy, &dx}, 1, context, [&](std::int64_t first, std::int64_t count) {
+    x.read(first, count, context);
+    dy.read(first, count, context);
+    PlaneBackward a{};
+    a.channels = part_of(channels, first, count, args);
+    a.runs = runs_of(plan);
+    a.dy = dy.data(first);
+    a.x = x.data(first);
+    a.dx = dx.data(first);
+    a.dy_channel_stride = dy.unit_stride();
+    a.dy_run_stride = dy.line_stride();
+    a.x_channel_stride = x.unit_stride();
+    a.x_run_stride = x.line_stride();
+    a.dx_channel_stride = dx.unit_stride();
+    a.dx_run_stride = dx.line_stride();
+    visit(args.dtype, [&](auto tag) { plane_backward<typename decltype(tag)::Type>(a, choice, context); });
+    dx.write(first, count, context);
+  });
+}
+
+// ---- columns -----------------------------------------------------------------------------------------------------
+
+void columns_forward(const Args& args, const Channels& channels, bool inference, const Context& context) {
+  const Plan& plan = args.plan;
+  const std::int64_t bytes = size(args.dtype);
+  Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
+  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype);
+  for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
+    x.read(first, matrices, context);
+    ColumnForward a{};
+    a.x = x.data(first);
+    a.y = y.data(first);
+    a.x_matrix_stride = x.unit_stride();
+    a.x_row_stride = x.line_stride();
+    a.y_matrix_stride = y.unit_stride();
+    a.y_row_stride = y.line_stride();
+    a.matrices = matrices;
+    a.rows = plan.lines_per_statistic;
+    a.columns = plan.inner;
+    a.eps = args.eps;
+    a.inverse_rows = 1.0 / static_cast<double>(plan.reduced);
+    const std::int64_t of_matrix = plan.inner / plan.fold;
+    const ColumnChannels own{part_of(channels, first * of_matrix, matrices * of_matrix, args), plan.fold};
+    visit(args.dtype,
+          [&](auto tag) { column_channels_forward<typename decltype(tag)::Type>(a, own, inference, choice, context); });
+    y.write(first, matrices, context);
+  });
+}
+
+void columns_backward(const Args& args, const Channels& channels, const Context& context) {
+  const Plan& plan = args.plan;
+  const std::int64_t bytes = size(args.dtype);
+  Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
+  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype);
+  for_batches({&x, &dy, &dx}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
+    x.read(first, matrices, context);
+    dy.read(first, matrices, context);
+    const std::int64_t of_matrix = plan.inner / plan.fold;
+    const Channels own = part_of(channels, first * of_matrix, matrices * of_matrix, args);
+    ColumnBackward a{};
+    a.dy = dy.data(first);
+    a.x = x.data(first);
+    a.dx = dx.data(first);
+    a.dy_matrix_stride = dy.unit_stride();
+    a.dy_row_stride = dy.line_stride();
+    a.x_matrix_stride = x.unit_stride();
+    a.x_row_stride = x.line_stride();
+    a.dx_matrix_stride = dx.unit_stride();
+    a.dx_row_stride = dx.line_stride();
+    a.matrices = matrices;
+    a.rows = plan.lines_per_statistic;
+    a.columns = plan.inner;
+    a.mean = own.mean;
+    a.rstd = own.rstd;
+    a.fold = plan.fold;
+    visit(args.dtype,
+          [&](auto tag) { column_channels_backward<typename decltype(tag)::Type>(a, own, choice, context); });
+    dx.write(first, matrices, context);
+  });
+}
+
+void forward(const Args& args, const Channels& channels, bool inference, const Context& context) {
+  args.plan.work == Work::rows ? planes_forward(args, channels, inference, context)
+                               : columns_forward(args, channels, inference, context);
+}
+
+}  // namespace
+
+// ---- operations --------------------------------------------------------------------------------------------------
+
+void batch_norm_forward(const Args& args, const Context& context) {
+  const DType compute = statistics_dtype(args.dtype);
+  const OutputVector mean(args.mean, compute, context), rstd(args.rstd, compute, context);
+  if (args.plan.elements == 0) {
+    fill_empty_statistics(args.dtype, args.plan.statistics, args.eps, mean.data(), rstd.data(), context);
+  } else {
+    const Running running_mean(args.running_mean, compute, context), running_var(args.running_var, compute, context);
+    Channels channels = channels_of(args, Parameters(args, context));
+    channels.mean = mean.data();
+    channels.rstd = rstd.data();
+    channels.running_mean = running_mean.data();
+    channels.running_var = running_var.data();
+    forward(args, channels, false, context);
+    running_mean.finish();
+    running_var.finish();
+  }
+  mean.finish();
+  rstd.finish();
+}
+
+void batch_norm_inference(const Args& args, const Context& context) {
+  if (args.plan.elements == 0) return;
+  const DType compute = statistics_dtype(args.dtype);
+  Channels channels = channels_of(args, Parameters(args, context));
+  channels.mean = const_cast<void*>(input_vector(args.running_mean, compute, size(compute), context));
+  channels.rstd = const_cast<void*>(input_vector(args.running_var, compute, size(compute), context));
+  forward(args, channels, true, context);
+}
+
+void batch_norm_backward(const Args& args, const Context& context) {
+  const DType compute = statistics_dtype(args.dtype);
+  const OutputVector dweight(args.dweight, args.parameter_dtype, context);
+  const OutputVector dbias(args.dbias, args.parameter_dtype, context);
+  if (args.plan.elements == 0) {
+    for (const OutputVector* v : {&dweight, &dbias}) {
+      if (v->data() != nullptr) fill_zero(v->data(), args.plan.statistics * size(args.parameter_dtype), context);
+    }
+  } else {
+    Channels channels = channels_of(args, Parameters(args, context));
+    channels.mean = const_cast<void*>(input_vector(args.mean, compute, size(compute), context));
+    channels.rstd = const_cast<void*>(input_vector(args.rstd, compute, size(compute), context));
+    channels.dweight = dweight.data();
+    channels.dbias = dbias.data();
+    args.plan.work == Work::rows ? planes_backward(args, channels, context) : columns_backward(args, channels, context);
+  }
+  dweight.finish();
+  dbias.finish();
+}
+
+}  // namespace lanenorm::cuda

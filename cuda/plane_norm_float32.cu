@@ -1,0 +1,12 @@
+// The plane kernels of float32, and what all batch norms of it share.
+#include "cuda/plane_launch.cuh"
+
+namespace lanenorm::cuda {
+
+template void plane_forward<float>(PlaneForward, bool, const PlaneChoice&, const Context&);
+template void plane_backward<float>(PlaneBackward, const PlaneChoice&, const Context&);
+template void channel_statistics<float>(const Channels&, const void*, std::int64_t, const Context&);
+template void channel_inference<float>(const Channels&, const Context&);
+template void channel_gradient<float>(const Channels&, const void*, std::int64_t, const Context&);
+
+}  // namespace lanenorm::cuda
