@@ -1,8 +1,8 @@
 """A call of every kind on the GPU, small enough for compute-sanitizer: `python tests/gpu_small_suite.py`.
 
-Every size class, dtype and work (rows, columns), forward and backward, tails, odd addresses, strided inputs, in a graph
-too. Values are compared with the reference, so that what is sanitized is also right. Memory comes from cudaMalloc for
-every array: in CuPy's pool an overrun would end in the next array and be none.
+Every size class, dtype and work (rows, columns, planes), forward and backward, tails, odd addresses, strided inputs, in
+a graph too. Values are compared with the reference, so that what is sanitized is also right. Memory comes from
+cudaMalloc for every array: in CuPy's pool an overrun would end in the next array and be none.
 """
 
 import sys
@@ -10,13 +10,15 @@ import sys
 import cupy
 import numpy as np
 import reference
-from cases import DTYPES, check_backward, check_forward, normal, parameters, reversed_all, sliced
+from cases import DTYPES, check_backward, check_forward, check_y, normal, parameters, reversed_all, sliced
 
 import lanenorm
 
 # rows x length, in float32: 8 to 32 lanes a row, a warp, a block, shared memory, clusters; each with a tail
 SHAPES = [(5, 1), (9, 7), (33, 33), (17, 129), (6, 1025), (3, 4099), (3, 17001), (2, 60007), (2, 250007)]
 COLUMNS = [(9, 5, 3), (40, 3, 33), (130, 2, 7)]
+# batch norm: columns of one piece and of several, folded ones; planes of a warp, a block, a cluster, and beyond
+CHANNELS = [(9, 5), (1100, 37), (9, 5, 7, 7), (3, 5, 17, 17), (9, 3, 33, 37), (9, 2, 99, 101), (16, 1, 333, 331)]
 
 
 def odd_address(array):
@@ -57,6 +59,28 @@ def check(rng, shape, dtype, axis=-1, layout=np.ascontiguousarray):
     check_backward(backward, reference.layer_norm_backward(dy, x, weight, axis=axis), x, weight, where)
 
 
+def check_channels(rng, shape, dtype, layout=np.ascontiguousarray):
+    """Training forward with running statistics, inference, backward."""
+    x, dy = layout(normal(rng, shape, dtype, 3.0)), layout(normal(rng, shape, dtype))
+    weight, bias = parameters(rng, shape[1], dtype)
+    gamma, beta = (reference.spread(p, (1,), x.ndim) for p in (weight, bias))
+    statistics = reference.statistics_dtype(dtype)
+    mean, var = np.zeros(shape[1], statistics), np.ones(shape[1], statistics)
+    device_x, device_dy, *affine, device_mean, device_var = map(on_device, (x, dy, weight, bias, mean, var))
+    keywords = {"running_mean": device_mean, "running_var": device_var}
+    forward = lanenorm.batch_norm_forward(device_x, *affine, **keywords)
+    y = lanenorm.batch_norm(device_x, device_mean, device_var, *affine)
+    backward = lanenorm.batch_norm_backward(device_dy, device_x, forward.mean, forward.rstd, affine[0])
+    where = f"batch_norm {dtype} {shape} {layout.__name__}"
+    forward, backward = (type(result)(*map(cupy.asnumpy, result)) for result in (forward, backward))
+    check_forward(forward, reference.batch_norm_forward(x, weight, bias), x, gamma, beta, where)
+    check_backward(backward, reference.batch_norm_backward(dy, x, weight), x, weight, where)
+    moved = device_mean.get(), device_var.get()
+    check_y(y.get(), reference.batch_norm(x, *moved, weight, bias), gamma, beta, where)
+    for found, exact in zip(moved, reference.running_statistics(x, mean, var, 0.1), strict=True):
+        np.testing.assert_allclose(found, exact.astype(float), rtol=1e-5)
+
+
 def check_graph(rng):
     x = cupy.asarray(normal(rng, (300, 768), np.float32))
     expected = lanenorm.layer_norm_backward(x, x, *lanenorm.layer_norm_forward(x)[1:])
@@ -70,15 +94,21 @@ def check_graph(rng):
 
 
 def main(arguments):
-    """All parts of the sweep, or those named: rows, columns, layouts, graph."""
+    """All parts of the sweep, or those named: rows, columns, channels, layouts, graph."""
     cupy.cuda.set_allocator(None)
     rng = np.random.default_rng(1)
     parts = {
         "rows": lambda dtype: [check(rng, shape, dtype) for shape in SHAPES],
         "columns": lambda dtype: [check(rng, shape, dtype, axis) for shape in COLUMNS for axis in (0, 1, (0, 1))],
+        "channels": lambda dtype: [check_channels(rng, shape, dtype) for shape in CHANNELS],
         "layouts": lambda dtype: [
-            check(rng, shape, dtype, layout=layout)
-            for shape in ((6, 33), (4, 1025))
+            part(rng, shape, dtype, layout=layout)
+            for part, shape in (
+                (check, (6, 33)),
+                (check, (4, 1025)),
+                (check_channels, (9, 5)),
+                (check_channels, CHANNELS[4]),
+            )
             for layout in (sliced, reversed_all, odd_address)
         ],
         "graph": lambda dtype: check_graph(rng) if dtype == np.float32 else None,

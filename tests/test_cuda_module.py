@@ -28,7 +28,7 @@ from lanenorm import _arrays, _cpu
 INSTALLED = importlib.util.find_spec("lanenorm._cuda") is not None
 needs_module = pytest.mark.skipif(not INSTALLED, reason="lanenorm was built without CUDA")
 
-OPERATIONS = ["layer_norm", "layer_norm_forward", "layer_norm_backward"]
+OPERATIONS = [f"{norm}{part}" for norm in ("layer_norm", "batch_norm") for part in ("", "_forward", "_backward")]
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +249,10 @@ class ndarray:  # noqa: N801
         self.shape, self.dtype, self.data = tuple(shape), dtype, memptr
         self.strides = np.empty(shape, dtype).strides if strides is None else tuple(strides)
 
+    @property
+    def size(self):
+        return int(np.prod(self.shape))
+
     def get(self):
         """The elements as a NumPy array of the same layout."""
         if 0 in self.shape:
@@ -387,6 +391,50 @@ def test_layer(cuda, cupy):
     assert np.array_equal(layer.dbias.get(), np.arange(4) + 0.5)
 
 
+@by_dtype
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_batch_norm(cuda, cupy, dtype, channel_axis):
+    """Statistics and gradients of every channel; running statistics change where they lie."""
+    values = numbers((2, 3, 4), dtype)
+    channels = values.shape[channel_axis]
+    statistics = np.float64 if dtype == np.float64 else np.float32
+    x, weight = cupy.of(values), cupy.of(np.ones(channels, dtype))
+    running_mean, running_var = (cupy.of(np.zeros(channels, statistics)) for _ in range(2))
+    y, mean, rstd = lanenorm.batch_norm_forward(
+        x, weight, running_mean=running_mean, running_var=running_var, channel_axis=channel_axis
+    )
+    assert np.array_equal(y.get(), values)
+    assert mean.dtype == rstd.dtype == statistics
+    assert np.array_equal(mean.get(), np.arange(channels))
+    assert np.array_equal(rstd.get(), np.arange(channels) + 0.5)
+    assert np.array_equal(running_mean.get(), np.arange(channels) + 100)
+    assert np.array_equal(running_var.get(), np.arange(channels) + 100.5)
+    y = lanenorm.batch_norm(x, running_mean, running_var, weight, channel_axis=channel_axis)
+    assert np.array_equal(y.get(), values)
+    assert np.array_equal(running_mean.get(), np.arange(channels) + 100)
+    dx, dweight, dbias = lanenorm.batch_norm_backward(x, x, mean, rstd, weight, channel_axis=channel_axis)
+    assert np.array_equal(dx.get(), values)
+    assert dweight.dtype == dbias.dtype == dtype
+    assert dweight.shape == dbias.shape == (channels,)
+    launches = [line.split()[1] for line in cuda.log() if line.startswith("launch")]
+    assert launches == ["batch_norm_forward", "batch_norm_inference", "batch_norm_backward"]
+
+
+def test_batch_norm_layer(cuda, cupy):
+    """BatchNorm with xp=cupy: everything is CuPy's but the number of batches, which nobody should wait for."""
+    layer = lanenorm.BatchNorm(4, xp=cupy, momentum=None)
+    assert type(layer.weight) is type(layer.running_mean) is type(layer.running_var) is ndarray
+    y = layer(cupy.of(numbers((3, 4))))
+    assert type(layer.num_batches_tracked) is np.ndarray
+    assert layer.num_batches_tracked == 1
+    assert np.array_equal(layer.running_mean.get(), np.arange(4) + 100)
+    assert np.array_equal(layer.backward(y).get(), numbers((3, 4)))
+    assert np.array_equal(layer.dweight.get(), range(4))
+    y = layer.eval()(cupy.of(numbers((3, 4))))
+    assert np.array_equal(y.get(), numbers((3, 4)))
+    assert np.array_equal(layer.backward(y).get(), numbers((3, 4)))
+
+
 # ---- Memory, stream, device -----------------------------------------------------------------------------------------
 
 
@@ -504,17 +552,6 @@ def test_other_exceptions_of_an_allocator_pass_unchanged(cuda, cupy):
             lanenorm.layer_norm(cupy.of(numbers((3, 4))))
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "batch_norm_forward", "batch_norm_backward"])
-def test_batch_norm_is_refused(cuda, cupy, name):
-    x, c = cupy.of(numbers((3, 4))), cupy.of(np.ones(4, np.float32))
-    arguments = {"batch_norm": (x, c, c), "batch_norm_forward": (x,), "batch_norm_backward": (x, x, c, c)}[name]
-    match = (
-        rf"^{name}: (x|dy) has type cupy.ndarray, but .*layer_norm, layer_norm_backward, layer_norm_forward have CUDA"
-    )
-    with pytest.raises(NotImplementedError, match=match):
-        getattr(lanenorm, name)(*arguments)
-
-
 def test_two_devices(cuda, cupy):
     x, weight = cupy.of(numbers((3, 4))), cupy.of(np.ones(4, np.float32), device=1)
     text = "layer_norm: x lies on CUDA device 0 and weight on CUDA device 1, expected arrays on one device"
@@ -522,12 +559,18 @@ def test_two_devices(cuda, cupy):
         lanenorm.layer_norm(x, weight)
     with pytest.raises(TypeError, match=r"^layer_norm: x lies on CUDA device 0 and out on CUDA device 1"):
         lanenorm.layer_norm(x, out=cupy.of(numbers((3, 4)), device=1))
+    with pytest.raises(
+        TypeError, match=r"^batch_norm_forward: x lies on CUDA device 0 and running_mean on CUDA device 1"
+    ):
+        lanenorm.batch_norm_forward(x, running_mean=weight, running_var=weight)
 
 
 def test_mixed_libraries(cuda, cupy):
     x, weight = cupy.of(numbers((3, 4))), np.ones(4, np.float32)
     with pytest.raises(TypeError, match=r"x has type cupy.ndarray and weight has type numpy.ndarray"):
         lanenorm.layer_norm(x, weight)
+    with pytest.raises(TypeError, match=r"x has type cupy.ndarray and running_mean has type numpy.ndarray"):
+        lanenorm.batch_norm(x, weight, weight)
     with pytest.raises(TypeError, match=r"x has type numpy.ndarray and out has type cupy.ndarray"):
         lanenorm.layer_norm(x.get(), out=x)
 

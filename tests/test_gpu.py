@@ -1,6 +1,7 @@
 """What only a GPU can show: streams, graphs, devices, memory pools, and the bytes of the emulated kernels.
 
-Values over sizes, dtypes, tails and offsets are tested in test_cuda_layer_norm.py, emulated and on the device.
+Values over sizes, dtypes, tails and offsets are tested in test_cuda_layer_norm.py and test_cuda_batch_norm.py, emulated
+and on the device.
 """
 
 import gc
@@ -22,6 +23,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"n
 SHAPES = [(300, 32), (1000, 100), (257, 768), (300, 4096), (70, 20000), (9, 70001), (3, 300000), (2, 1048577)]
 
 
+# Batch norm: 2-D, channels-last, small planes as columns; planes of a warp, a block, a cluster, and beyond.
+BATCH_SHAPES = [(64, 300), (5000, 64), (32, 64, 7, 7), (4, 70, 20, 20), (32, 64, 28, 28), (32, 64, 112, 112)]
+BATCH_SHAPES += [(64, 3, 224, 224)]
+
+
 def on_device(*arrays):
     return [cupy.asarray(array) for array in arrays]
 
@@ -35,6 +41,15 @@ def everything(x, dy, weight, bias, **keywords):
     """y, mean, rstd, dx, dweight, dbias of CuPy arrays."""
     forward = lanenorm.layer_norm_forward(x, weight, bias, **keywords)
     return [*forward, *lanenorm.layer_norm_backward(dy, x, forward.mean, forward.rstd, weight, **keywords)]
+
+
+def everything_of_batch(x, dy, weight, bias, **keywords):
+    """y, mean, rstd, running statistics, inference, dx, dweight, dbias of CuPy arrays."""
+    running = cupy.zeros(x.shape[1], np.float32), cupy.ones(x.shape[1], np.float32)
+    statistics = dict(zip(("running_mean", "running_var"), running, strict=True))
+    forward = lanenorm.batch_norm_forward(x, weight, bias, **statistics, **keywords)
+    backward = lanenorm.batch_norm_backward(dy, x, forward.mean, forward.rstd, weight, **keywords)
+    return [*forward, *running, lanenorm.batch_norm(x, *running, weight, bias, **keywords), *backward]
 
 
 def same_bytes(results, expected):
@@ -119,6 +134,32 @@ def test_bytes_are_those_of_the_emulation(rng, shape, dtype):
     names = ("y", "mean", "rstd", "dx", "dweight", "dbias")
     different = [n for n, a, b in zip(names, found, expected, strict=True) if a.get().tobytes() != b.tobytes()]
     assert not different
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", BATCH_SHAPES, ids=str)
+def test_batch_norm_against_the_reference(rng, shape, dtype):
+    x, dy = normal(rng, shape, dtype, 3.0), normal(rng, shape, dtype)
+    weight, bias = parameters(rng, shape[1], dtype)
+    gamma, beta = (reference.spread(p, (1,), x.ndim) for p in (weight, bias))
+    forward = lanenorm.batch_norm_forward(*on_device(x, weight, bias))
+    check_forward(host(forward), reference.batch_norm_forward(x, weight, bias), x, gamma, beta)
+    backward = lanenorm.batch_norm_backward(*on_device(dy, x), forward.mean, forward.rstd, cupy.asarray(weight))
+    check_backward(host(backward), reference.batch_norm_backward(dy, x, weight), x, weight)
+
+
+def test_batch_norm_layer_trains_as_on_numpy(rng):
+    """BatchNorm with xp=cupy, its running statistics and its inference."""
+    x, dy = (normal(rng, (16, 24, 20, 20), np.float32, 2.0 - 2 * i) for i in range(2))
+    ours, theirs = lanenorm.BatchNorm(24, xp=cupy), lanenorm.BatchNorm(24)
+    for layer, array in ((ours, cupy.asarray), (theirs, np.asarray)):
+        for _ in range(3):
+            layer(array(x))
+            layer.backward(array(dy))
+            layer.weight -= 0.01 * layer.dweight
+    for name, value in ours.state_dict().items():
+        np.testing.assert_allclose(cupy.asnumpy(value), theirs.state_dict()[name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours.eval()(cupy.asarray(x)).get(), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_layer_trains_as_on_numpy(rng):
@@ -208,6 +249,26 @@ def test_repetition_gives_the_same_bits(arrays):
         assert all(same_bytes(everything(*problem), expected) for _ in range(5)), shape
 
 
+def test_batch_norm_on_streams_at_once_and_again(rng):
+    """Every layout on a stream of its own, many times: the same bits, workspaces and running statistics apart."""
+    problems = [
+        on_device(
+            *(normal(rng, shape, np.float32, 3.0 - 3 * i) for i in range(2)), *parameters(rng, shape[1], np.float32)
+        )
+        for shape in BATCH_SHAPES
+    ]
+    expected = [everything_of_batch(*problem) for problem in problems]
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in problems]
+    cupy.cuda.Device().synchronize()
+    for _ in range(5):
+        results = []
+        for stream, problem in zip(streams, problems, strict=True):
+            with stream:
+                results.append(everything_of_batch(*problem))
+        cupy.cuda.Device().synchronize()
+        assert all(same_bytes(a, b) for a, b in zip(results, expected, strict=True))
+
+
 # ---- Graphs ---------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +292,26 @@ def test_graph_capture(arrays, shape):
         stream.synchronize()
     assert same_bytes(results, expected)
     assert all(cupy.isnan(other).all() for other in others), "the graph wrote to memory that is not its own"
+
+
+@pytest.mark.parametrize("shape", [(5000, 64), (32, 64, 7, 7), (32, 64, 28, 28), (64, 3, 224, 224)], ids=str)
+def test_graph_capture_of_running_statistics(rng, shape):
+    """Every replay moves the running statistics on."""
+    x = cupy.asarray(normal(rng, shape, np.float32, 3.0))
+    mean, var = cupy.zeros(shape[1], np.float32), cupy.ones(shape[1], np.float32)
+    expected = mean.copy(), var.copy()
+    for _ in range(3):
+        y = lanenorm.batch_norm_forward(x, running_mean=expected[0], running_var=expected[1]).y
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        result = lanenorm.batch_norm_forward(x, running_mean=mean, running_var=var)
+        graph = stream.end_capture()
+        for _ in range(3):
+            graph.launch()
+        stream.synchronize()
+    assert same_bytes([mean, var, result.y], [*expected, y])
 
 
 # ---- Devices --------------------------------------------------------------------------------------------------------
@@ -343,6 +424,24 @@ def test_large_one_row_of_more_than_2_31_elements():
     assert mean.get().item() == 0
     assert rstd.get().item() == 1
     assert (y == x).all()
+
+
+@pytest.mark.parametrize("shape", [(2**16, 33, 1000), (2**31 // 64 + 1000, 64)], ids=["planes", "columns"])
+def test_large_batch_norm_of_more_than_2_31_elements(shape):
+    """Channels of ±1 by turns: mean 0, variance 1."""
+    count = int(np.prod(shape))
+    if cupy.cuda.runtime.memGetInfo()[0] < 5 * count * 2:
+        pytest.skip("needs 22 GB of free GPU memory")
+    x = cupy.ones(shape, np.float16)
+    x[1::2] = -1
+    y, mean, rstd = lanenorm.batch_norm_forward(x, eps=0.0)
+    assert (mean == 0).all()
+    assert (rstd == 1).all()
+    assert (y == x).all()
+    dx, dweight, dbias = lanenorm.batch_norm_backward(x, x, mean, rstd, out=y)
+    assert (dx == 0).all()
+    assert (dweight == count // shape[1]).all()
+    assert (dbias == 0).all()
 
 
 def test_dtypes_are_all_there():

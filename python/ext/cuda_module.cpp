@@ -250,6 +250,9 @@ class Cuda {
 
   void layer_norm_forward(const lanenorm::Args& args) const { run(lanenorm::cuda::layer_norm_forward, args); }
   void layer_norm_backward(const lanenorm::Args& args) const { run(lanenorm::cuda::layer_norm_backward, args); }
+  void batch_norm_inference(const lanenorm::Args& args) const { run(lanenorm::cuda::batch_norm_inference, args); }
+  void batch_norm_forward(const lanenorm::Args& args) const { run(lanenorm::cuda::batch_norm_forward, args); }
+  void batch_norm_backward(const lanenorm::Args& args) const { run(lanenorm::cuda::batch_norm_backward, args); }
 
  private:
   static py::tuple tuple(const std::int64_t* values, int count) {
@@ -283,9 +286,10 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "Layer normalization of CuPy arrays; use lanenorm's functions instead.";
+  m.doc() = "Batch and layer normalization of CuPy arrays; use lanenorm's functions instead.";
   register_errors();
   bind_layer_norm<Cuda>(m);
+  bind_batch_norm<Cuda>(m);
   m.def("unavailable_reason", &unavailable_reason);
   m.def("build_info", &build_info);
 }

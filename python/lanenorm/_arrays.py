@@ -71,8 +71,6 @@ def backend(operation: str, required: dict[str, object], optional: dict[str, obj
         The arrays are CuPy's and this lanenorm has no CUDA part.
     RuntimeError
         The arrays are CuPy's and CUDA does not work here: no driver, a driver too old, no device.
-    NotImplementedError
-        The arrays are CuPy's and the operation has no CUDA kernels.
     """
     given = required | {name: value for name, value in optional.items() if value is not None}
     for name, value in given.items():
@@ -127,12 +125,6 @@ def cuda_backend(operation: str, given: dict[str, Any]) -> Backend:
         if cuda is not None:
             raise RuntimeError(start)
         raise ImportError(f"{start}; pass NumPy arrays (cupy.asnumpy), or {INSTALL_CUDA}")
-    if not hasattr(cuda.module, operation):
-        there = ", ".join(other for other in dir(cuda.module) if "_norm" in other)
-        raise NotImplementedError(
-            f"{operation}: {name} has type {type_name(first)}, but in this version only {there} have CUDA kernels; "
-            "pass NumPy arrays (cupy.asnumpy)"
-        )
     device = first.data.device_id
     for other, value in given.items():
         if value.data.device_id != device:

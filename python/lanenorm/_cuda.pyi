@@ -27,5 +27,40 @@ def layer_norm_backward(
     out: _Array | None,
     /,
 ) -> tuple[_Array, _Array | None, _Array | None]: ...
+def batch_norm(
+    x: _Array,
+    running_mean: _Array,
+    running_var: _Array,
+    weight: _Array | None,
+    bias: _Array | None,
+    channel_axis: int,
+    eps: float,
+    out: _Array | None,
+    /,
+) -> _Array: ...
+def batch_norm_forward(
+    x: _Array,
+    weight: _Array | None,
+    bias: _Array | None,
+    running_mean: _Array | None,
+    running_var: _Array | None,
+    momentum: float,
+    channel_axis: int,
+    eps: float,
+    out: _Array | None,
+    /,
+) -> tuple[_Array, _Array, _Array]: ...
+def batch_norm_backward(
+    dy: _Array,
+    x: _Array,
+    mean: _Array,
+    rstd: _Array,
+    weight: _Array | None,
+    channel_axis: int,
+    training: bool,
+    param_grads: bool,
+    out: _Array | None,
+    /,
+) -> tuple[_Array, _Array | None, _Array | None]: ...
 def unavailable_reason() -> str | None: ...
 def build_info() -> _BuildInfo: ...

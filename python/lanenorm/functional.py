@@ -369,8 +369,8 @@ def batch_norm(
         `channel_axis` is out of bounds.
     KeyboardInterrupt
         Ctrl-C was pressed; the contents of the result are undefined.
-    NotImplementedError
-        The arrays are CuPy's: batch normalization has no CUDA kernels in this version.
+    ImportError, RuntimeError
+        With CuPy arrays: this lanenorm has no CUDA part, or CUDA refuses (no driver, no device, no memory).
 
     See Also
     --------
@@ -467,8 +467,8 @@ def batch_norm_forward(
         `channel_axis` is out of bounds.
     KeyboardInterrupt
         Ctrl-C was pressed; the contents of the result are undefined, the running statistics unchanged.
-    NotImplementedError
-        The arrays are CuPy's: batch normalization has no CUDA kernels in this version.
+    ImportError, RuntimeError
+        With CuPy arrays: this lanenorm has no CUDA part, or CUDA refuses (no driver, no device, no memory).
 
     See Also
     --------
@@ -578,7 +578,7 @@ def batch_norm_backward(
 
     Raises
     ------
-    TypeError, ValueError, numpy.exceptions.AxisError, KeyboardInterrupt, NotImplementedError
+    TypeError, ValueError, numpy.exceptions.AxisError, KeyboardInterrupt, ImportError, RuntimeError
         As in `batch_norm`.
 
     See Also

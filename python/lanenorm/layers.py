@@ -285,7 +285,7 @@ class BatchNorm(_Layer):
         Of `weight` and `bias`: that of the inputs to come, or float32 for 16-bit inputs. The running statistics are
         float32, or float64 with float64.
     xp : module, default numpy
-        Library of the arrays. In this version `numpy` only: batch normalization has no CUDA kernels yet.
+        Library of the arrays: `numpy` or `cupy`. CuPy's are made on the current device.
 
     Attributes
     ----------
@@ -293,8 +293,8 @@ class BatchNorm(_Layer):
         γ (ones at the start) and β (zeros).
     running_mean, running_var : ndarray of shape (C,), or None
         Zeros and ones at the start, updated by every forward in training mode; the variance is unbiased.
-    num_batches_tracked : ndarray of int64 without axes, or None
-        How many batches are in them; empty ones do not count.
+    num_batches_tracked : numpy.ndarray of int64 without axes, or None
+        How many batches are in them; empty ones do not count. NumPy's also with CuPy: to read it never waits for a GPU.
     dweight, dbias : ndarray or None
         Gradients, overwritten by every `backward`.
     training : bool
@@ -358,7 +358,7 @@ class BatchNorm(_Layer):
             statistics = np.float64 if np.dtype(dtype) == np.float64 else np.float32
             self.running_mean = xp.zeros(num_features, statistics)
             self.running_var = xp.ones(num_features, statistics)
-            self.num_batches_tracked = xp.zeros((), np.int64)
+            self.num_batches_tracked = np.zeros((), np.int64)
 
     def __call__(self, x: Array) -> Array:
         """Normalize; in training mode, update the running statistics.

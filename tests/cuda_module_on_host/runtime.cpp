@@ -72,6 +72,10 @@ void launch(const char* name, const lanenorm::Args& args, const lanenorm::cuda::
   } else {
     number(args.mean, lanenorm::statistics_dtype(args.dtype), 0.0);
     number(args.rstd, lanenorm::statistics_dtype(args.dtype), 0.5);
+    if (args.mean.data != nullptr) {  // or else they are the inputs of an inference
+      number(args.running_mean, lanenorm::statistics_dtype(args.dtype), 100.0);
+      number(args.running_var, lanenorm::statistics_dtype(args.dtype), 100.5);
+    }
   }
 }
 
@@ -80,6 +84,9 @@ void launch(const char* name, const lanenorm::Args& args, const lanenorm::cuda::
 namespace lanenorm::cuda {
 void layer_norm_forward(const Args& args, const Context& context) { launch("layer_norm_forward", args, context); }
 void layer_norm_backward(const Args& args, const Context& context) { launch("layer_norm_backward", args, context); }
+void batch_norm_inference(const Args& args, const Context& context) { launch("batch_norm_inference", args, context); }
+void batch_norm_forward(const Args& args, const Context& context) { launch("batch_norm_forward", args, context); }
+void batch_norm_backward(const Args& args, const Context& context) { launch("batch_norm_backward", args, context); }
 }  // namespace lanenorm::cuda
 
 cudaError_t cudaDriverGetVersion(int* version) {
