@@ -335,7 +335,7 @@ def notes(rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
 
 
 def cases(problems: Sequence[Problem], cold_bytes: int = COLD_BYTES) -> list[Case]:
-    """Layer norm only: batch norm has no CUDA kernels in this version."""
+    """Layer norm only, so far."""
     layer = [problem for problem in problems if problem.norm == "layer_norm"]
     every = (Case(p, operation, state) for p in layer for operation in p.operations for state in STATES)
     return [case for case in every if case.state == "warm" or case.problem.nbytes >= cold_bytes]
