@@ -1,4 +1,4 @@
-"""The layer norms of problems.txt on the GPU, through lanenorm and the libraries installed beside it.
+"""The problems of problems.txt on the GPU, through lanenorm and the libraries installed beside it.
 
 `python bench/compare.py --device cuda` comes here. All libraries run in this process on the same arrays, by turns,
 round by round; each checks its result against float64 before it is timed. Two times, in columns of their own:
@@ -8,8 +8,9 @@ round by round; each checks its result against float64 before it is timed. Two t
 
 cold: the calls of a graph work by turns on as many copies of the arrays as make three times the L2 cache; warm: on the
 same ones. Latency is measured warm. "copy" is the device's own copy of x; "bandwidth" is lanenorm's bytes a second, by
-the byte model, over those of the copy. A ratio is the median of the ratios round by round, to a peer its time /
-lanenorm's (above 1: lanenorm is faster), of kernels and of latency.
+the byte model, over those of the copy: the share of the limit where x is read once (2s forward, 3s backward);
+"streaming" is the share of the limit where x is read twice (3s, 5s; 2s of an inference). A ratio is the median of the
+ratios round by round, to a peer its time / lanenorm's (above 1: lanenorm is faster), of kernels and of latency.
 
 Written to --output: compare-cuda.json (google-benchmark's schema), .jsonl (a line a row as it is measured), .txt.
 """
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peers_cuda
 from common import (
     NEVER_SLOWER,
@@ -46,6 +48,8 @@ Row = dict[str, Any]
 Call = Callable[[], Any]
 STATES = ("cold", "warm")
 WAYS = ("kernels", "latency")
+# Passes over memory of who reads x, and dy, a second time.
+STREAMING = {operation: 2 * passes - 1 for operation, passes in PASSES.items()} | {"batch_norm": 2}
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,14 @@ class Clock:
         }
 
     def to_device(self, inputs: Inputs) -> Inputs:
-        """x, dy, weight and bias; batch norm's arrays are not used."""
-        return Inputs(*map(self.cupy.asarray, inputs[:4]), None, None)
+        """Each array in its own memory layout."""
+
+        def copy(array: Any) -> Any:
+            if array.ndim > 2 and not array.flags.c_contiguous:  # channels-last
+                return self.cupy.moveaxis(self.cupy.asarray(np.moveaxis(array, 1, -1)), -1, 1)
+            return self.cupy.asarray(array)
+
+        return Inputs(*map(copy, inputs))
 
     def wait(self) -> None:
         self.cupy.cuda.Device().synchronize()
@@ -201,6 +211,7 @@ def measure(
         "state": case.state,
         "bytes": case.moved_bytes,
         "bandwidth": copy_ratio * PASSES[case.operation] / 2,
+        "streaming": copy_ratio * STREAMING[case.operation] / 2,
         "copies": median_ratio(samples["kernels"][OURS], samples["kernels"][COPY]),
         "ratios": {
             way: {name: median_ratio(samples[way][name], samples[way][OURS]) for name in rivals} for way in WAYS
@@ -258,7 +269,7 @@ def benchmarks(rows: Sequence[Row]) -> list[Row]:
                 "library": library,
             }
             if library == OURS:
-                entry |= {"bandwidth": row["bandwidth"], "copies": row["copies"]}
+                entry |= {name: row[name] for name in ("bandwidth", "streaming", "copies")}
                 for way in WAYS:
                     entry |= {f"{way}_ratio_to_{peer}": ratio for peer, ratio in row["ratios"][way].items()}
             entries.append(entry)
@@ -270,8 +281,8 @@ def as_text(now: dict[str, Any], rows: Sequence[Row]) -> str:
     gpu = now["gpu"]
     machine = f"{gpu['gpu']} ({gpu['architecture']}, {gpu['multiprocessors']} multiprocessors), driver {gpu['driver']}"
     columns = (
-        "kernels, p10, p90, GB/s, bandwidth (of a copy) and latency are lanenorm's; the others are their kernels / "
-        "lanenorm's, then their latency / lanenorm's"
+        "kernels, p10, p90, GB/s, bandwidth (share of a copy's), streaming (the same, were x read twice) and latency "
+        "are lanenorm's; the others are their kernels / lanenorm's, then their latency / lanenorm's"
     )
     head = [f"{machine}; {now['cpu_model']}; {now['date']}", versions, f"{columns}. {now['command']}"]
     peers = [name for name in peers_cuda.PEERS if any(name in row["ratios"]["kernels"] for row in rows)]
@@ -284,6 +295,7 @@ def as_text(now: dict[str, Any], rows: Sequence[Row]) -> str:
                 *(duration(ours["kernels"][field]) for field in ("median", "p10", "p90")),
                 f"{row['bytes'] / ours['kernels']['median'] / 1e9:.0f}",
                 f"{100 * row['bandwidth']:.0f} %",
+                f"{100 * row['streaming']:.0f} %",
                 duration(ours["latency"]["median"]),
                 *(
                     "{:.2f} {:.2f}".format(*(row["ratios"][way][peer] for way in WAYS))
@@ -293,7 +305,7 @@ def as_text(now: dict[str, Any], rows: Sequence[Row]) -> str:
                 ),
             ]
         )
-    header = ["row", "kernels", "p10", "p90", "GB/s", "bandwidth", "latency", *peers]
+    header = ["row", "kernels", "p10", "p90", "GB/s", "bandwidth", "streaming", "latency", *peers]
     return "\n".join([*head, "", text_table(header, lines), "", summary(rows, peers), "", *notes(rows, peers)])
 
 
@@ -335,9 +347,8 @@ def notes(rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
 
 
 def cases(problems: Sequence[Problem], cold_bytes: int = COLD_BYTES) -> list[Case]:
-    """Layer norm only, so far."""
-    layer = [problem for problem in problems if problem.norm == "layer_norm"]
-    every = (Case(p, operation, state) for p in layer for operation in p.operations for state in STATES)
+    """All operations, cold and warm where that is a difference."""
+    every = (Case(p, operation, state) for p in problems for operation in p.operations for state in STATES)
     return [case for case in every if case.state == "warm" or case.problem.nbytes >= cold_bytes]
 
 

@@ -1,9 +1,9 @@
 """The libraries that are compared on the GPU, one class each; all in one process, on the same arrays.
 
 A peer's `call(operation, inputs)` returns a function without arguments that a user of that library would call, with
-fresh outputs: (y, mean, rstd) or (dx, dweight, dbias). `arrays(result)` gives them as NumPy arrays. `record(run)` makes
-a CUDA graph of what `run` queues and returns what replays it on `stream`. `UnsupportedError` where a library does not
-have the case.
+fresh outputs: (y, mean, rstd), (y,) of an inference, or (dx, dweight, dbias). `arrays(result)` gives them as NumPy
+arrays. `record(run)` makes a CUDA graph of what `run` queues and returns what replays it on `stream`.
+`UnsupportedError` where a library does not have the case.
 
 Nothing here is imported before a class is made: CuPy and PyTorch are where there is a GPU.
 """
@@ -38,17 +38,32 @@ class CuPyPeer:
         self.stream = cupy.cuda.Stream(non_blocking=True)
 
     def call(self, operation: str, inputs: Inputs) -> Call:
-        x, dy, weight, bias = inputs[:4]
+        x, dy, weight, bias, running_mean, running_var = inputs
+        if operation == "batch_norm":
+            return lambda: self.inference(x, running_mean, running_var, weight, bias)
+        batch = operation.startswith("batch_norm")
+        forward = self.batch_forward if batch else self.forward
         if operation.endswith("forward"):
-            return lambda: self.forward(x, weight, bias)
-        _, mean, rstd = self.forward(x, weight, bias)
-        return lambda: self.backward(dy, x, mean, rstd, weight)
+            return lambda: forward(x, weight, bias)
+        backward = self.batch_backward if batch else self.backward
+        _, mean, rstd = forward(x, weight, bias)
+        return lambda: backward(dy, x, mean, rstd, weight)
 
     def forward(self, x: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
-        raise NotImplementedError
+        raise UnsupportedError("no layer norm")
 
     def backward(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, Any, Any]:
-        raise NotImplementedError
+        raise UnsupportedError("no layer norm")
+
+    def batch_forward(self, x: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
+        """Batch norm in training; x is (N, C, ...)."""
+        raise UnsupportedError("no batch norm")
+
+    def batch_backward(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, Any, Any]:
+        raise UnsupportedError("no batch norm")
+
+    def inference(self, x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> tuple[Any]:
+        raise UnsupportedError("no batch norm")
 
     def arrays(self, result: Any) -> tuple[Any, ...]:
         return tuple(part.get() for part in result)
@@ -80,6 +95,15 @@ class Lanenorm(CuPyPeer):
     def backward(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, Any, Any]:
         return lanenorm.layer_norm_backward(dy, x, mean, rstd, weight)
 
+    def batch_forward(self, x: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
+        return lanenorm.batch_norm_forward(x, weight, bias)
+
+    def batch_backward(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, Any, Any]:
+        return lanenorm.batch_norm_backward(dy, x, mean, rstd, weight)
+
+    def inference(self, x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> tuple[Any]:
+        return (lanenorm.batch_norm(x, mean, var, weight, bias, eps=EPS),)
+
 
 class Composed(CuPyPeer):
     """The formula in CuPy's functions; 16-bit arrays through float32."""
@@ -99,6 +123,28 @@ class Composed(CuPyPeer):
         sums = (gradient * normalized).sum(axis=0), gradient.sum(axis=0)
         return dx, *(part.astype(weight.dtype) for part in sums)
 
+    def batch_forward(self, x: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
+        z, axes = self.wide(x), (0, *range(2, x.ndim))
+        mean = z.mean(axis=axes, keepdims=True)
+        z = z - mean
+        rstd = 1 / self.cupy.sqrt((z * z).mean(axis=axes, keepdims=True) + EPS)
+        return (z * rstd * self.spread(weight, x) + self.spread(bias, x)).astype(x.dtype), mean, rstd
+
+    def batch_backward(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, Any, Any]:
+        gradient, normalized, axes = self.wide(dy), (self.wide(x) - mean) * rstd, (0, *range(2, x.ndim))
+        dweight, dbias = (gradient * normalized).sum(axis=axes, keepdims=True), gradient.sum(axis=axes, keepdims=True)
+        n = x.size // x.shape[1]
+        dx = self.spread(weight, x) * rstd * (gradient - dbias / n - normalized * (dweight / n))
+        return dx.astype(x.dtype), *(part.astype(weight.dtype) for part in (dweight, dbias))
+
+    def inference(self, x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> tuple[Any]:
+        factor = self.spread(weight, x) / self.cupy.sqrt(self.spread(var, x) + EPS)
+        return (((self.wide(x) - self.spread(mean, x)) * factor + self.spread(bias, x)).astype(x.dtype),)
+
+    def spread(self, parameter: Any, x: Any) -> Any:
+        """An array of channels, along axis 1 of x."""
+        return self.wide(parameter).reshape((-1,) + (1,) * (x.ndim - 2))
+
     def wide(self, array: Any) -> Any:
         return array.astype(np.float32) if array.dtype.itemsize == 2 else array
 
@@ -116,6 +162,10 @@ class Fused(Composed):
         self.apply = fused("apply", lambda z, mean, rstd, weight, bias: (z - mean) * rstd * weight + bias)
         self.normalize = fused("normalize", lambda z, mean, rstd: (z - mean) * rstd)
         self.gradient = fused("gradient", lambda g, average, n, along, rstd: rstd * (g - average - n * along))
+        self.moved = fused("moved", lambda z, mean, var, weight, bias: (z - mean) * (weight / self.root(var)) + bias)
+
+    def root(self, var: Any) -> Any:
+        return self.cupy.sqrt(var + EPS)
 
     def forward(self, x: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
         z, weight, bias = self.wide(x), self.wide(weight), self.wide(bias)
@@ -130,6 +180,24 @@ class Fused(Composed):
         dx = self.gradient(g, average, normalized, along, rstd).astype(x.dtype, copy=False)
         sums = (gradient * normalized).sum(axis=0), gradient.sum(axis=0)
         return dx, *(part.astype(weight.dtype, copy=False) for part in sums)
+
+    def batch_forward(self, x: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
+        z, axes = self.wide(x), (0, *range(2, x.ndim))
+        mean = z.mean(axis=axes, keepdims=True)
+        rstd = 1 / self.root(self.square(z, mean).mean(axis=axes, keepdims=True))
+        y = self.apply(z, mean, rstd, self.spread(weight, x), self.spread(bias, x))
+        return y.astype(x.dtype, copy=False), mean, rstd
+
+    def batch_backward(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, Any, Any]:
+        gradient, normalized = self.wide(dy), self.normalize(self.wide(x), mean, rstd)
+        axes, n = (0, *range(2, x.ndim)), x.size // x.shape[1]
+        dweight, dbias = (gradient * normalized).sum(axis=axes, keepdims=True), gradient.sum(axis=axes, keepdims=True)
+        dx = self.gradient(gradient, dbias / n, normalized, dweight / n, self.spread(weight, x) * rstd)
+        return dx.astype(x.dtype, copy=False), *(part.astype(weight.dtype, copy=False) for part in (dweight, dbias))
+
+    def inference(self, x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> tuple[Any]:
+        parameters = (self.spread(a, x) for a in (mean, var, weight, bias))
+        return (self.moved(self.wide(x), *parameters).astype(x.dtype, copy=False),)
 
 
 class Copy(CuPyPeer):
@@ -163,7 +231,10 @@ class TorchPeer(CuPyPeer):
         return self.torch.from_dlpack(array)
 
     def call(self, operation: str, inputs: Inputs) -> Call:
-        return super().call(operation, Inputs(*map(self.tensor, inputs[:4]), None, None))
+        return super().call(operation, self.tensors(inputs))
+
+    def tensors(self, inputs: Inputs) -> Inputs:
+        return Inputs(*(None if array is None else self.tensor(array) for array in inputs))
 
     def forward(self, x: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
         return self.torch.native_layer_norm(x, [x.shape[1]], weight, bias, EPS)
@@ -172,6 +243,16 @@ class TorchPeer(CuPyPeer):
         aten = self.torch.ops.aten
         # bias: its values are not read
         return aten.native_layer_norm_backward(dy, x, [x.shape[1]], mean, rstd, weight, weight, [True, True, True])
+
+    def batch_forward(self, x: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
+        return self.torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, EPS)
+
+    def batch_backward(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, Any, Any]:
+        backward = self.torch.ops.aten.native_batch_norm_backward
+        return backward(dy, x, weight, None, None, mean, rstd, True, EPS, [True, True, True])
+
+    def inference(self, x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> tuple[Any]:
+        return (self.torch.native_batch_norm(x, weight, bias, mean, var, False, 0.1, EPS)[0],)
 
     def arrays(self, result: Any) -> tuple[Any, ...]:
         half = (self.torch.float16, self.torch.bfloat16)
@@ -188,7 +269,33 @@ class TorchPeer(CuPyPeer):
 
 
 class Torch(TorchPeer):
-    """The native_ functions: those behind torch.nn.functional and autograd, which return the statistics too."""
+    """The native_ functions: those behind torch.nn.functional and autograd, which return the statistics too.
+
+    Of batch norm they are PyTorch's own kernels, whatever torch.backends.cudnn says.
+    """
+
+
+class TorchCudnn(TorchPeer):
+    """Batch norm by cuDNN itself, through the operator that torch.nn.functional.batch_norm picks where it can.
+
+    It wants float32 parameters with 16-bit x. Outputs and the reserve for its backward are allocated by the call.
+    """
+
+    def call(self, operation: str, inputs: Inputs) -> Call:
+        if not operation.startswith("batch_norm"):
+            raise UnsupportedError("no layer norm")
+        if inputs.x.dtype.name not in ("float16", "float32"):
+            raise UnsupportedError(f"PyTorch sends no {inputs.x.dtype.name} to it")
+        x, dy, weight, bias, mean, var = self.tensors(inputs)
+        weight, bias = weight.float(), bias.float()
+        aten = self.torch.ops.aten
+        if operation == "batch_norm":
+            return lambda: aten.cudnn_batch_norm(x, weight, bias, mean, var, False, 0.1, EPS)[:1]
+        if operation.endswith("forward"):
+            return lambda: aten.cudnn_batch_norm(x, weight, bias, None, None, True, 0.1, EPS)[:3]
+        _, mean, rstd, reserve = aten.cudnn_batch_norm(x, weight, bias, None, None, True, 0.1, EPS)
+        backward = aten.cudnn_batch_norm_backward
+        return lambda: backward(x, dy, weight, None, None, mean, rstd, EPS, reserve)
 
 
 class TorchCompiled(TorchPeer):
@@ -200,21 +307,26 @@ class TorchCompiled(TorchPeer):
         super().__init__()
         self.compiled: dict[Any, Call] = {}
 
-    def compile(self, operation: str, inputs: Inputs) -> Call:
+    def compile(self, operation: str, inputs: Inputs, plain: Call) -> Call:
         """For one case at a time: dynamo gives up on a function after eight shapes."""
-        case = operation, inputs.x.shape, inputs.x.dtype.name
+        case = operation, inputs.x.shape, inputs.x.strides, inputs.x.dtype.name
         if case not in self.compiled:
             self.torch._dynamo.reset()
-            plain = self.forward if operation.endswith("forward") else self.backward
             self.compiled = {case: self.torch.compile(plain, dynamic=False, fullgraph=True)}
         return self.compiled[case]
 
     def call(self, operation: str, inputs: Inputs) -> Call:
-        function = self.compile(operation, inputs)
-        x, dy, weight, bias = map(self.tensor, inputs[:4])
+        batch = operation.startswith("batch_norm")
+        x, dy, weight, bias, running_mean, running_var = self.tensors(inputs)
+        forward = self.batch_forward if batch else self.forward
+        if operation == "batch_norm":
+            function = self.compile(operation, inputs, self.inference)
+            return lambda: function(x, running_mean, running_var, weight, bias)
         if operation.endswith("forward"):
+            function = self.compile(operation, inputs, forward)
             return lambda: function(x, weight, bias)
-        _, mean, rstd = self.forward(x, weight, bias)
+        function = self.compile(operation, inputs, self.batch_backward if batch else self.backward)
+        _, mean, rstd = forward(x, weight, bias)
         return lambda: function(dy, x, mean, rstd, weight)
 
 
@@ -232,7 +344,7 @@ class Triton(TorchPeer):
     def call(self, operation: str, inputs: Inputs) -> Call:
         if inputs.x.dtype == np.float64:
             raise UnsupportedError("its statistics are float32")
-        if inputs.x.shape[1] > self.kernels.LONGEST:
+        if operation.startswith("layer_norm") and inputs.x.shape[1] > self.kernels.LONGEST:
             raise UnsupportedError(f"rows of at most {self.kernels.LONGEST} elements")
         return super().call(operation, inputs)
 
@@ -299,6 +411,7 @@ PEERS: dict[str, Any] = {
     OURS: Lanenorm,
     COPY: Copy,
     "torch": Torch,
+    "torch.cudnn": TorchCudnn,
     "torch.compile": TorchCompiled,
     "triton": Triton,
     "liger": Liger,

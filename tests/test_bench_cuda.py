@@ -76,12 +76,15 @@ class Bound:
         self.peer, self.operation, self.inputs, self.seconds = peer, operation, inputs, peer.seconds
 
     def run(self):
-        x, dy, weight, bias = self.inputs[:4]
+        x, dy, weight, bias, running_mean, running_var = self.inputs
         self.peer.done.append(x)
-        y, mean, rstd = lanenorm.layer_norm_forward(x, weight, bias)
+        if self.operation == "batch_norm":
+            return (lanenorm.batch_norm(x, running_mean, running_var, weight * self.peer.wrong, bias),)
+        norm = self.operation.rpartition("_")[0]
+        y, mean, rstd = getattr(lanenorm, f"{norm}_forward")(x, weight, bias)
         if self.operation.endswith("forward"):
             return y, mean, rstd * self.peer.wrong
-        return lanenorm.layer_norm_backward(dy, x, mean, rstd * self.peer.wrong, weight)
+        return getattr(lanenorm, f"{norm}_backward")(dy, x, mean, rstd * self.peer.wrong, weight)
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +106,12 @@ def rows_of(compared):
     return {row["name"]: row for row in compared[1]["rows"]}
 
 
-def test_cases_are_layer_norms_cold_and_warm(compared):
-    problems = ("few/{}/5x33/float32", "few/{}/5x33/float16", "wide/{}/2x700/float32")
-    ways = ("layer_norm_forward", "layer_norm_backward")
-    names = [f"{p.format(way)}/{state}" for p in problems for way in ways for state in ("cold", "warm")]
+def test_cases_are_all_operations_cold_and_warm(compared):
+    layer = ("layer_norm_forward", "layer_norm_backward")
+    batch = ("batch_norm", "batch_norm_forward", "batch_norm_backward")
+    problems = [(f"few/{{}}/5x33/{dtype}", layer) for dtype in ("float32", "float16")]
+    problems += [("wide/{}/2x700/float32", layer), ("flat/{}/5x33/float32", batch)]
+    names = [f"{p.format(way)}/{state}" for p, ways in problems for way in ways for state in ("cold", "warm")]
     assert list(rows_of(compared)) == names
     first, *lines = (compared[0] / "compare-cuda.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["name"] for line in lines] == names
@@ -122,6 +127,9 @@ def test_ratios_by_hand(compared):
     assert forward["copies"] == pytest.approx(2)
     assert forward["bandwidth"] == pytest.approx(0.5)
     assert backward["bandwidth"] == pytest.approx(0.75)
+    assert forward["streaming"] == pytest.approx(0.75)
+    assert backward["streaming"] == pytest.approx(1.25)
+    assert rows["flat/batch_norm/5x33/float32/warm"]["streaming"] == pytest.approx(0.5)
     assert forward["libraries"]["lanenorm"]["kernels"] == pytest.approx({"median": 2e-6, "p10": 2e-6, "p90": 2e-6})
     assert forward["libraries"]["lanenorm"]["latency"]["median"] == pytest.approx(3e-6)
 
@@ -179,7 +187,7 @@ def test_json_is_google_benchmarks(compared):
 
 def test_text_has_table_and_summary(compared):
     folder, _, text, _ = compared
-    row = r"few/layer_norm_forward/5x33/float32/warm +2.00 µs +2.00 µs +2.00 µs +1 +50 % +3.00 µs +3.00 2.33"
+    row = r"few/layer_norm_forward/5x33/float32/warm +2.00 µs +2.00 µs +2.00 µs +1 +50 % +75 % +3.00 µs +3.00 2.33"
     assert re.search(f"^{row}$", text, re.M), text
     assert re.search(r"^few +8 +50 % +3.00 / 3.00$", text, re.M), text
     assert "slower than 0.97: nowhere" in text
@@ -187,14 +195,20 @@ def test_text_has_table_and_summary(compared):
 
 
 def formulas_are_right(peer):
-    """Both directions, against float64."""
+    """Both norms, all operations, against float64."""
     common, data = module("common"), module("data")
-    problem = common.Problem("few", "layer_norm", (5, 33), "channels-first", "float32")
-    inputs = data.make_inputs(problem)
-    for operation in problem.operations:
-        result = peer.arrays(peer.call(operation, inputs)())
-        complaint = data.check(operation, problem.dtype, result, data.exact(problem, inputs))
-        assert complaint is None, f"{operation}: {complaint}"
+    for norm, shape, layout in (
+        ("layer_norm", (5, 33), "channels-first"),
+        ("batch_norm", (5, 33), "channels-first"),
+        ("batch_norm", (5, 6, 7, 3), "channels-first"),
+        ("batch_norm", (5, 6, 7, 3), "channels-last"),
+    ):
+        problem = common.Problem("few", norm, shape, layout, "float32")
+        inputs = data.make_inputs(problem)
+        for operation in problem.operations:
+            result = peer.arrays(peer.call(operation, inputs)())
+            complaint = data.check(operation, problem.dtype, result, data.exact(problem, inputs))
+            assert complaint is None, f"{operation} {shape} {layout}: {complaint}"
 
 
 @pytest.mark.parametrize("name", ["Lanenorm", "Composed", "Fused"])
@@ -267,4 +281,4 @@ def test_peers_are_those_that_are_installed(monkeypatch):
     """None is imported for that."""
     peers_cuda = module("peers_cuda")
     monkeypatch.setattr(peers_cuda.importlib.util, "find_spec", lambda name: name in ("cupy", "torch"))
-    assert peers_cuda.installed() == ["lanenorm", "copy", "torch", "cupy", "cupy.fuse"]
+    assert peers_cuda.installed() == ["lanenorm", "copy", "torch", "torch.cudnn", "cupy", "cupy.fuse"]
