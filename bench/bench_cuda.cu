@@ -1,4 +1,4 @@
-// Times layer normalization on the GPU, on the problems of problems.txt.
+// Times batch and layer normalization on the GPU, on the problems of problems.txt.
 //
 //   bench_cuda [--device=N] [--cache=cold,warm] [--problems=FILE] [--benchmark_filter=REGEX] ...
 //
@@ -12,7 +12,8 @@
 // Columns: Time per call; GB/s by the byte model (bytes a call has to move at least); share_of_copy: the median time
 // over that of copying x, by the faster of a kernel and cudaMemcpyAsync, in a graph and a state of the cache as the
 // call, the three by turns; share_of_bandwidth: GB/s over those of that copy, which reads and writes; median_us,
-// p10_us, p90_us over those turns; host_us: what a call costs without a graph, in a row of calls.
+// p10_us, p90_us over those turns; host_us: what a call costs without a graph, in a row of calls. share_of_streaming:
+// as share_of_bandwidth, were x (and dy) read twice: 3 and 5 passes in place of 2 and 3.
 #include <benchmark/benchmark.h>
 #include <cuda_runtime.h>
 
@@ -22,6 +23,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -183,7 +185,15 @@ struct Tensors {
 // A problem on the device: the small arrays, and as many sets of the large ones as are worked on by turns.
 struct DeviceData {
   DeviceData(const Data& d, std::size_t sets)
-      : host(d), weight(d.weight), bias(d.bias), mean(d.mean), rstd(d.rstd), dweight(d.dweight), dbias(d.dbias) {
+      : host(d),
+        weight(d.weight),
+        bias(d.bias),
+        mean(d.mean),
+        rstd(d.rstd),
+        running_mean(d.running_mean),
+        running_var(d.running_var),
+        dweight(d.dweight),
+        dbias(d.dbias) {
     for (std::size_t i = 0; i < sets; ++i) tensors.push_back(std::make_unique<Tensors>(d));
   }
   void download() const {
@@ -192,70 +202,106 @@ struct DeviceData {
   }
 
   const Data& host;
-  Mirror weight, bias, mean, rstd, dweight, dbias;
+  Mirror weight, bias, mean, rstd, running_mean, running_var, dweight, dbias;
   std::vector<std::unique_ptr<Tensors>> tensors;
 };
 
-// Views of a problem: x (rows, length), statistics (rows, 1), parameters (length).
-struct Views {
-  explicit Views(const Problem& p)
-      : tensor{p.slices, p.inner}, tensor_strides{}, statistic{p.slices, 1}, vector{p.inner} {}
-  lanenorm::View of(const Mirror& array, DType dtype, const std::int64_t* shape, int axes) {
-    const std::int64_t s = lanenorm::size(dtype);
-    const std::int64_t inner = axes == 2 ? shape[1] : 1;
-    std::int64_t* strides = axes == 2 ? (shape == tensor ? tensor_strides : statistic_strides) : vector_strides;
-    strides[0] = s * inner, strides[axes - 1] = s;
-    return {array.data(), dtype, axes, shape, strides, true};
+// A dense array, from which Views borrow.
+struct Shape {
+  Shape(std::initializer_list<std::int64_t> lengths, DType dtype)
+      : dtype(dtype), axes(static_cast<int>(lengths.size())) {
+    std::copy(lengths.begin(), lengths.end(), shape);
+    std::int64_t stride = lanenorm::size(dtype);
+    for (int axis = axes - 1; axis >= 0; --axis) {
+      strides[axis] = stride;
+      stride *= shape[axis];
+    }
   }
-  std::int64_t tensor[2], tensor_strides[2], statistic[2], statistic_strides[2], vector[1], vector_strides[1];
+  lanenorm::View of(const Mirror& array) const { return {array.data(), dtype, axes, shape, strides, true}; }
+
+  DType dtype;
+  int axes;
+  std::int64_t shape[3], strides[3];
 };
 
+// The arrays of a problem. Layer norm: x (rows, length), statistics (rows, 1), parameters (length). Batch norm: x
+// (outer, channels, inner), whatever the layout; statistics and parameters (channels).
+struct Shapes {
+  explicit Shapes(const Data& d)
+      : tensor(d.problem.norm == Norm::layer ? Shape({d.problem.slices, d.problem.inner}, d.dtype)
+                                             : Shape({d.problem.outer, d.problem.slices, d.problem.inner}, d.dtype)),
+        statistic(d.problem.norm == Norm::layer ? Shape({d.problem.slices, 1}, d.statistics)
+                                                : Shape({d.problem.slices}, d.statistics)),
+        vector({d.problem.parameters()}, d.parameter) {}
+  Shape tensor, statistic, vector;
+};
+
+constexpr std::int64_t kAxis = 1;  // what layer norm reduces, where the channels of batch norm are
+constexpr double kMomentum = 0.1;
+
 lanenorm::Args forward_args(const DeviceData& d, const Tensors& t, bool statistics) {
-  const Data& h = d.host;
-  Views views(h.problem);
-  const lanenorm::View x = views.of(t.x, h.dtype, views.tensor, 2), y = views.of(t.out, h.dtype, views.tensor, 2);
-  const lanenorm::View weight = views.of(d.weight, h.parameter, views.vector, 1);
-  const lanenorm::View bias = views.of(d.bias, h.parameter, views.vector, 1);
-  const std::int64_t axis = 1;
+  const Shapes shapes(d.host);
+  const lanenorm::View x = shapes.tensor.of(t.x), y = shapes.tensor.of(t.out);
+  const lanenorm::View weight = shapes.vector.of(d.weight), bias = shapes.vector.of(d.bias);
   lanenorm::Args args;
-  lanenorm::check_layer_norm_forward("layer_norm_forward", x, &weight, &bias, {&axis, 1}, kEps, &y, &args);
-  if (statistics) {
-    lanenorm::attach_statistics(x, views.of(d.mean, h.statistics, views.statistic, 2),
-                                views.of(d.rstd, h.statistics, views.statistic, 2), &args);
+  if (d.host.problem.norm == Norm::layer) {
+    lanenorm::check_layer_norm_forward("layer_norm_forward", x, &weight, &bias, {&kAxis, 1}, kEps, &y, &args);
+  } else {
+    lanenorm::check_batch_norm_forward("batch_norm_forward", x, &weight, &bias, nullptr, nullptr, kMomentum, kAxis,
+                                       kEps, &y, &args);
   }
+  if (statistics) {
+    lanenorm::attach_statistics(x, shapes.statistic.of(d.mean), shapes.statistic.of(d.rstd), &args);
+  }
+  return args;
+}
+lanenorm::Args alone_args(const DeviceData& d, const Tensors& t) { return forward_args(d, t, false); }
+lanenorm::Args training_args(const DeviceData& d, const Tensors& t) { return forward_args(d, t, true); }
+
+lanenorm::Args inference_args(const DeviceData& d, const Tensors& t) {
+  const Shapes shapes(d.host);
+  const lanenorm::View x = shapes.tensor.of(t.x), y = shapes.tensor.of(t.out);
+  const lanenorm::View weight = shapes.vector.of(d.weight), bias = shapes.vector.of(d.bias);
+  lanenorm::Args args;
+  lanenorm::check_batch_norm_inference("batch_norm", x, shapes.statistic.of(d.running_mean),
+                                       shapes.statistic.of(d.running_var), &weight, &bias, kAxis, kEps, &y, &args);
   return args;
 }
 
 lanenorm::Args backward_args(const DeviceData& d, const Tensors& t) {
-  const Data& h = d.host;
-  Views views(h.problem);
-  const lanenorm::View x = views.of(t.x, h.dtype, views.tensor, 2), dy = views.of(t.dy, h.dtype, views.tensor, 2);
-  const lanenorm::View dx = views.of(t.out, h.dtype, views.tensor, 2);
-  const lanenorm::View mean = views.of(d.mean, h.statistics, views.statistic, 2);
-  const lanenorm::View rstd = views.of(d.rstd, h.statistics, views.statistic, 2);
-  const lanenorm::View weight = views.of(d.weight, h.parameter, views.vector, 1);
-  const std::int64_t axis = 1;
+  const Shapes shapes(d.host);
+  const lanenorm::View x = shapes.tensor.of(t.x), dy = shapes.tensor.of(t.dy), dx = shapes.tensor.of(t.out);
+  const lanenorm::View mean = shapes.statistic.of(d.mean), rstd = shapes.statistic.of(d.rstd);
+  const lanenorm::View weight = shapes.vector.of(d.weight);
   lanenorm::Args args;
-  lanenorm::check_layer_norm_backward("layer_norm_backward", dy, x, mean, rstd, &weight, {&axis, 1}, &dx, &args);
-  lanenorm::attach_parameters(x, views.of(d.dweight, h.parameter, views.vector, 1),
-                              views.of(d.dbias, h.parameter, views.vector, 1), &args);
+  if (d.host.problem.norm == Norm::layer) {
+    lanenorm::check_layer_norm_backward("layer_norm_backward", dy, x, mean, rstd, &weight, {&kAxis, 1}, &dx, &args);
+  } else {
+    lanenorm::check_batch_norm_backward("batch_norm_backward", dy, x, mean, rstd, &weight, kAxis, true, &dx, &args);
+  }
+  lanenorm::attach_parameters(x, shapes.vector.of(d.dweight), shapes.vector.of(d.dbias), &args);
   return args;
 }
 
 struct Operation {
   const char* name;
-  int passes;  // over an array, read or written, at least: bytes = passes * elements * size
+  Norm norm;
+  int passes;     // over an array, read or written, at least: bytes = passes * elements * size
+  int streaming;  // the same where x is read twice
   lanenorm::Args (*args)(const DeviceData&, const Tensors&);
   void (*run)(const lanenorm::Args&, const lanenorm::cuda::Context&);
   void (*check)(const Data&, Checker*);
 };
 
+namespace cuda = lanenorm::cuda;
+
 const Operation kOperations[] = {
-    {"layer_norm", 2, [](const DeviceData& d, const Tensors& t) { return forward_args(d, t, false); },
-     lanenorm::cuda::layer_norm_forward, check_forward},
-    {"layer_norm_forward", 2, [](const DeviceData& d, const Tensors& t) { return forward_args(d, t, true); },
-     lanenorm::cuda::layer_norm_forward, check_statistics},
-    {"layer_norm_backward", 3, backward_args, lanenorm::cuda::layer_norm_backward, check_backward},
+    {"layer_norm", Norm::layer, 2, 3, alone_args, cuda::layer_norm_forward, check_forward},
+    {"layer_norm_forward", Norm::layer, 2, 3, training_args, cuda::layer_norm_forward, check_statistics},
+    {"layer_norm_backward", Norm::layer, 3, 5, backward_args, cuda::layer_norm_backward, check_backward},
+    {"batch_norm", Norm::batch, 2, 2, inference_args, cuda::batch_norm_inference, check_inference},
+    {"batch_norm_forward", Norm::batch, 2, 3, training_args, cuda::batch_norm_forward, check_statistics},
+    {"batch_norm_backward", Norm::batch, 3, 5, backward_args, cuda::batch_norm_backward, check_backward},
 };
 
 // ---- Timing ------------------------------------------------------------------------------------------------------
@@ -313,7 +359,9 @@ struct Case {
     };
 
     // mean and rstd, which a backward reads
-    lanenorm::cuda::layer_norm_forward(forward_args(d, *d.tensors[0], true), context);
+    const auto forward = problem->norm == Norm::layer ? cuda::layer_norm_forward : cuda::batch_norm_forward;
+    Workspace other;
+    forward(training_args(d, *d.tensors[0]), {gpu.device(), gpu.stream(), Workspace::allocate, &other});
     for (std::size_t i = 0; i < sets; ++i) call(i);
     gpu.wait();
     if (!checked) {
@@ -365,6 +413,7 @@ struct Case {
     state.counters["GB/s"] = static_cast<double>(of_a_call) / median * 1e-9;
     state.counters["share_of_copy"] = median / copy;
     state.counters["share_of_bandwidth"] = operation->passes / 2.0 * copy / median;
+    state.counters["share_of_streaming"] = operation->streaming / 2.0 * copy / median;
     state.counters["median_us"] = median * 1e6;
     state.counters["p10_us"] = quantile(call_times, 0.1) * 1e6;
     state.counters["p90_us"] = quantile(call_times, 0.9) * 1e6;
@@ -376,7 +425,7 @@ struct Case {
 // ---- Command line ------------------------------------------------------------------------------------------------
 
 constexpr char kUsage[] =
-    "bench_cuda: layer normalization on the GPU\n"
+    "bench_cuda: batch and layer normalization on the GPU\n"
     "          [--device=N]                 default 0\n"
     "          [--cache=cold,warm]          state of the L2 cache; default both\n"
     "          [--problems=FILE]            default " LANENORM_PROBLEMS
@@ -415,9 +464,9 @@ void register_cases(const std::vector<Problem>& problems, const Flags& flags) {
     }
   }
   for (const Problem& problem : problems) {
-    if (problem.norm != Norm::layer) continue;
     for (const DType dtype : problem.dtypes) {
       for (const Operation& operation : kOperations) {
+        if (operation.norm != problem.norm) continue;
         for (const std::string& cache : split(flags.cache, ',')) {
           if (cache == "cold" && problem.count() * lanenorm::size(dtype) < kColdBytes) continue;
           const std::string name =
