@@ -99,6 +99,9 @@ void* allocate_constants(const cuda::Channels& channels, const cuda::Context& co
                                              std::max(sizeof(ChannelConstants<C>), sizeof(GradientConstants<C>)));
 }
 
+// Whether a backward needs sums over x and dy at all: not with frozen statistics, where nobody wants dweight and dbias.
+inline bool needs_sums(const cuda::Channels& a) { return a.training || a.dweight != nullptr || a.dbias != nullptr; }
+
 // ---- all channels ------------------------------------------------------------------------------------------------
 
 // f(channel), a warp each.
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(128) channel_inference_kernel(cuda::Channels a
   }
 }
 
-// all: (channels, places)
+// all: (channels, places); no places: sums of nothing
 template <class T>
 __global__ void __launch_bounds__(128) channel_gradient_kernel(cuda::Channels a, const void* all, std::int64_t places) {
   for_channels(a.count, [&](std::int64_t c) {

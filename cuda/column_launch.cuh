@@ -81,15 +81,18 @@ void column_channels_backward(ColumnBackward args, Channels channels, const Colu
   args.strips = choice.strips;
   args.pieces = choice.pieces;
   const Config pieces{choice.blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
-  if (args.pieces == 1 && args.fold == 1) {
+  if (args.pieces == 1 && args.fold == 1 && needs_sums(channels)) {
     launch(column_backward_channels_resident<T>, pieces, context.stream, args, channels);
     return;
   }
-  const auto places = static_cast<std::size_t>(args.matrices * args.columns * args.pieces);
-  args.piece_sums = context.allocate(context.state, places * sizeof(GradientSums));
+  const bool sums = needs_sums(channels);
+  if (sums) {
+    const auto places = static_cast<std::size_t>(args.matrices * args.columns * args.pieces);
+    args.piece_sums = context.allocate(context.state, places * sizeof(GradientSums));
+    launch(column_sums_streamed<T>, pieces, context.stream, args);
+  }
   args.constants = channels.constants = allocate_constants<T>(channels, context);
-  launch(column_sums_streamed<T>, pieces, context.stream, args);
-  channel_gradient<T>(channels, args.piece_sums, args.fold * args.pieces, context);
+  channel_gradient<T>(channels, args.piece_sums, sums ? args.fold * args.pieces : 0, context);
   launch(column_gradient_streamed<T>, {choice.blocks, kColumnThreads}, context.stream, args);
 }
 

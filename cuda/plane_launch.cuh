@@ -71,13 +71,16 @@ void plane_forward(PlaneForward args, bool inference, const PlaneChoice& choice,
 template <class T>
 void plane_backward(PlaneBackward args, const PlaneChoice& choice, const Context& context) {
   args.runs = with_choice(args.runs, choice);
-  if (launch_resident<GradientSums>(plane_backward_resident<T>, args, 2, choice, context)) return;
+  const bool sums = needs_sums(args.channels);
+  if (sums && launch_resident<GradientSums>(plane_backward_resident<T>, args, 2, choice, context)) return;
   const std::int64_t pieces = args.channels.count * args.runs.pieces;
   const Config blocks{choice.streamed_blocks, 32 * choice.warps, 1, sizeof(WarpGradientSums)};
   args.channels.constants = allocate_constants<T>(args.channels, context);
-  args.piece_sums = context.allocate(context.state, static_cast<std::size_t>(pieces) * sizeof(GradientSums));
-  launch(plane_sums_streamed<T>, blocks, context.stream, args);
-  channel_gradient<T>(args.channels, args.piece_sums, args.runs.pieces, context);
+  if (sums) {
+    args.piece_sums = context.allocate(context.state, static_cast<std::size_t>(pieces) * sizeof(GradientSums));
+    launch(plane_sums_streamed<T>, blocks, context.stream, args);
+  }
+  channel_gradient<T>(args.channels, args.piece_sums, sums ? args.runs.pieces : 0, context);
   launch(plane_gradient_streamed<T>, {blocks.blocks, blocks.threads}, context.stream, args);
 }
 

@@ -184,7 +184,7 @@ def test_cuda_batch_norm_running_statistics(device, rng, dtype, shape, momentum)
 
 
 @by_dtype
-@pytest.mark.parametrize("shape", [(40, 70), (6, 5, 7, 7), (3, 4, 30, 20), (1, 2, 90, 90)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 70), (600, 7), (6, 5, 7, 7), (3, 4, 30, 20), (1, 2, 90, 90)], ids=str)
 def test_cuda_batch_norm_inference_and_frozen_backward(device, rng, dtype, shape):
     x, dy = normal(rng, shape, dtype, offset=3.0), normal(rng, shape, dtype)
     mean, var = running(rng, shape[1], dtype)
@@ -198,6 +198,10 @@ def test_cuda_batch_norm_inference_and_frozen_backward(device, rng, dtype, shape
         gradients = backward(device, dy, x, mean, rstd, weight, training=False)
         exact = reference.batch_norm_frozen_backward(dy, x, mean, rstd, weight)
         check_backward(gradients, exact, x, weight, f"frozen {dtype} {shape}")
+        alone = backward(device, dy, x, mean, rstd, weight, training=False, param_grads=False)
+        assert alone.dx.tobytes() == gradients.dx.tobytes()
+        assert alone.dweight is None
+        assert alone.dbias is None
 
 
 def test_cuda_batch_norm_of_weights_at_the_ends_of_the_range(device, rng):

@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 
+import lanenorm
 from lanenorm import demo
 
 
@@ -53,6 +54,55 @@ def test_network_gradient_matches_finite_differences(norm):
             value[index] = kept
             numeric[index] = (loss[0] - loss[1]) / 2e-5
         np.testing.assert_allclose(gradient, numeric, rtol=0, atol=1e-8)
+
+
+def train_a_little(xp, norm):
+    """The History of one epoch."""
+    rng = np.random.default_rng(3)
+    images, labels = rng.standard_normal((64, 64)).astype(np.float32), rng.integers(10, size=64)
+    data = demo.Digits(*map(xp.asarray, (images, labels, images, labels)))
+    return demo.train(demo.NORMS[norm], 2, 0.1, 16, 1, 0, data, lambda steps: None, xp)
+
+
+class Library:
+    """NumPy as another library: only what the demo may ask of one, and nothing of it made by NumPy's own functions."""
+
+    linalg = np.linalg
+
+    def __init__(self):
+        self.asked = set()
+
+    def __getattr__(self, name):
+        assert name in ("asarray", "zeros", "ones", "arange", "exp", "log", "tanh"), name
+        self.asked.add(name)
+        return getattr(np, name)
+
+
+@pytest.mark.parametrize("norm", demo.NORMS)
+def test_training_uses_the_library_of_the_arrays(norm):
+    library = Library()
+    histories = train_a_little(np, norm), train_a_little(library, norm)
+    for ours, theirs in zip(*histories, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert library.asked >= {"asarray", "zeros", "arange", "exp", "log", "tanh"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", demo.NORMS)
+def test_training_on_a_gpu_is_the_same(norm):
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    reason = lanenorm.cuda_unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"no CUDA: {reason}")
+    for ours, theirs in zip(train_a_little(cupy, norm), train_a_little(np, norm), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+
+
+def test_device_cuda_says_what_is_missing(monkeypatch, tmp_path, capsys):
+    need_extra()
+    monkeypatch.setattr(demo, "cuda_unavailable_reason", lambda: "a reason")
+    assert demo.main(["--quick", "--device", "cuda", "--output", str(tmp_path / "demo.png")]) == 1
+    assert capsys.readouterr().err == "demo: --device cuda: a reason\n"
 
 
 def test_networks_start_from_the_same_weights():

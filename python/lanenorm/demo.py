@@ -7,6 +7,9 @@ pixels that come with scikit-learn. Two experiments, both in float32:
 - depth: one deep network per normalization and step size. Gives accuracy by epoch, gradient norm and slope by layer.
 - batch size: one shallower network per normalization and batch size, every network seeing the same number of images.
 
+Everything runs on NumPy arrays, or with `--device cuda` on CuPy's, which are slower at this size: a step is some fifty
+kernels of a few microseconds. `xp` is the library of the arrays throughout.
+
 Whatever is being compared starts from the same weights and sees the same images in the same order. The claims known
 from the papers are then checked against what was measured, and a claim that did not hold is reported as such
 (`_demo_report.py`, which also draws the picture).
@@ -17,6 +20,7 @@ Chapters: settings -> data -> network -> training -> the two experiments -> comm
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import itertools
 import math
@@ -30,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lanenorm import BatchNorm, LayerNorm
+from lanenorm import BatchNorm, LayerNorm, cuda_unavailable_reason
 from lanenorm._demo_report import plot, report
 
 NORMS: dict[str, Any] = {"none": None, "BN": BatchNorm, "LN": LayerNorm}
@@ -76,7 +80,7 @@ class Digits(NamedTuple):
     test_y: Labels
 
 
-def load_digits(seed: int) -> Digits:
+def load_digits(seed: int, xp: Any = np) -> Digits:
     """Split the digits at random: 1280 = 5 * 256 to train on, so every batch size divides an epoch, 517 to test."""
     import sklearn.datasets
 
@@ -84,7 +88,7 @@ def load_digits(seed: int) -> Digits:
     order = np.random.default_rng(seed).permutation(len(x))
     x, y = (x[order] / 16).astype(np.float32), y[order]
     x -= x[:1280].mean(axis=0)
-    return Digits(x[:1280], y[:1280], x[1280:], y[1280:])
+    return Digits(*map(xp.asarray, (x[:1280], y[:1280], x[1280:], y[1280:])))
 
 
 # --- The network ------------------------------------------------------------------------------------------------------
@@ -93,9 +97,9 @@ def load_digits(seed: int) -> Digits:
 class Linear:
     """y = x @ weight + bias, weight (inputs, outputs) drawn from N(0, 1/inputs)."""
 
-    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator, dtype: Any):
-        self.weight: Floats = (rng.standard_normal((inputs, outputs)) / np.sqrt(inputs)).astype(dtype)
-        self.bias: Floats = np.zeros(outputs, dtype)
+    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator, dtype: Any, xp: Any = np):
+        self.weight: Floats = xp.asarray((rng.standard_normal((inputs, outputs)) / np.sqrt(inputs)).astype(dtype))
+        self.bias: Floats = xp.zeros(outputs, dtype)
 
     def __call__(self, x: Floats) -> Floats:
         """Return y (batch, outputs) and keep x (batch, inputs) for `backward`."""
@@ -112,9 +116,12 @@ class Linear:
 class Sigmoid:
     """y = 1 / (1 + exp(-x)), written with tanh, which cannot overflow."""
 
+    def __init__(self, xp: Any = np):
+        self.xp = xp
+
     def __call__(self, x: Floats) -> Floats:
         """Return y and keep it for `backward`: the slope is a function of y alone."""
-        self.y: Floats = np.tanh(0.5 * x)
+        self.y: Floats = self.xp.tanh(0.5 * x)
         self.y += 1
         self.y *= 0.5
         return self.y
@@ -141,15 +148,16 @@ class Network:
         width: int = 64,
         classes: int = 10,
         dtype: Any = np.float32,
+        xp: Any = np,
     ):
         rng = np.random.default_rng(seed)  # the normalizations draw nothing, so the weights do not depend on `norm`
         self.layers: list[Any] = []
         for fan_in in [inputs] + [width] * (depth - 1):
-            self.layers.append(Linear(fan_in, width, rng, dtype))
+            self.layers.append(Linear(fan_in, width, rng, dtype, xp))
             if norm is not None:
-                self.layers.append(norm(width, dtype=dtype))
-            self.layers.append(Sigmoid())
-        self.layers.append(Linear(width, classes, rng, dtype))
+                self.layers.append(norm(width, dtype=dtype, xp=xp))
+            self.layers.append(Sigmoid(xp))
+        self.layers.append(Linear(width, classes, rng, dtype, xp))
         self.linears = [layer for layer in self.layers if isinstance(layer, Linear)]
         self.sigmoids = [layer for layer in self.layers if isinstance(layer, Sigmoid)]
         self.norms: list[Any] = [layer for layer in self.layers if isinstance(layer, BatchNorm | LayerNorm)]
@@ -176,19 +184,19 @@ class Network:
         """Share of right answers in eval mode: BN normalizes with its running statistics."""
         for norm in self.norms:
             norm.eval()
-        right = np.mean(self(x).argmax(axis=1) == labels)
+        right = (self(x).argmax(axis=1) == labels).mean()
         for norm in self.norms:
             norm.train()
         return float(right)
 
 
-def cross_entropy(scores: Floats, labels: Labels) -> tuple[float, Floats]:
+def cross_entropy(scores: Floats, labels: Labels, xp: Any = np) -> tuple[float, Floats]:
     """Mean over the batch of -log softmax(scores)[label], and its gradient with respect to `scores`."""
-    rows = np.arange(len(labels))
+    rows = xp.arange(len(labels))
     shifted = scores - scores.max(axis=1, keepdims=True)
-    probability = np.exp(shifted)
+    probability = xp.exp(shifted)
     total = probability.sum(axis=1, keepdims=True)
-    loss = np.mean(np.log(total[:, 0]) - shifted[rows, labels])
+    loss = (xp.log(total[:, 0]) - shifted[rows, labels]).mean()
     probability /= total
     probability[rows, labels] -= 1
     probability /= len(labels)
@@ -206,7 +214,7 @@ class Momentum:
         """Take one step, in place. The pairs (parameter, gradient) come in the same order every time."""
         for index, (parameter, gradient) in enumerate(parameters):
             if index == len(self.velocities):
-                self.velocities.append(np.zeros_like(parameter))
+                self.velocities.append(0 * parameter)
             velocity = self.velocities[index]
             velocity *= 0.9
             velocity -= self.step * gradient
@@ -226,21 +234,29 @@ class History(NamedTuple):
 
 
 def train(
-    norm: Any, depth: int, step: float, batch: int, epochs: int, seed: int, data: Digits, tick: Callable[[int], Any]
+    norm: Any,
+    depth: int,
+    step: float,
+    batch: int,
+    epochs: int,
+    seed: int,
+    data: Digits,
+    tick: Callable[[int], Any],
+    xp: Any = np,
 ) -> History:
-    """Train one network; `tick(n)` is told of every n steps done."""
-    network, descent = Network(norm, depth, seed), Momentum(step)
+    """Train one network on images that are arrays of `xp`; `tick(n)` is told of every n steps done."""
+    network, descent = Network(norm, depth, seed, xp=xp), Momentum(step)
     shuffle = np.random.default_rng((seed, 1))
     loss, accuracy, gradient, slope = np.zeros(epochs), np.zeros(epochs), np.zeros((epochs, depth + 1)), []
     for epoch in range(epochs):
-        batches = shuffle.permutation(len(data.train_x)).reshape(-1, batch)
+        batches = xp.asarray(shuffle.permutation(len(data.train_x)).reshape(-1, batch))
         for index, chosen in enumerate(batches):
-            batch_loss, dscores = cross_entropy(network(data.train_x[chosen]), data.train_y[chosen])
+            batch_loss, dscores = cross_entropy(network(data.train_x[chosen]), data.train_y[chosen], xp)
             network.backward(dscores)
             loss[epoch] += batch_loss / len(batches)
             if index == 0:
-                gradient[epoch] = [np.linalg.norm(linear.dweight) for linear in network.linears]
-                slope.append([4 * sigmoid.slope().mean() for sigmoid in network.sigmoids])
+                gradient[epoch] = [float(xp.linalg.norm(linear.dweight)) for linear in network.linears]
+                slope.append([4 * float(sigmoid.slope().mean()) for sigmoid in network.sigmoids])
             descent.update(network.parameters())
         accuracy[epoch] = network.accuracy(data.test_x, data.test_y)
         tick(len(batches))
@@ -281,7 +297,7 @@ class Results:
         return float(self.depth[norm, step].slope[:, epoch].mean(axis=0).min())
 
 
-def run(*, quick: bool = False, seed: int = 0, show_progress: bool = False) -> Results:
+def run(*, quick: bool = False, seed: int = 0, show_progress: bool = False, device: str = "cpu") -> Results:
     """Run both experiments.
 
     Parameters
@@ -292,6 +308,8 @@ def run(*, quick: bool = False, seed: int = 0, show_progress: bool = False) -> R
         First of the consecutive seeds of the networks; also draws the split into training and test images.
     show_progress : bool, default False
         Show one progress bar over all trainings on the standard error stream.
+    device : {"cpu", "cuda"}, default "cpu"
+        Train on NumPy arrays, or on CuPy arrays on the current device.
 
     Returns
     -------
@@ -301,13 +319,15 @@ def run(*, quick: bool = False, seed: int = 0, show_progress: bool = False) -> R
     Raises
     ------
     ImportError
-        scikit-learn, matplotlib or tqdm is missing: `pip install "lanenorm[demo]"`.
+        scikit-learn, matplotlib or tqdm is missing: `pip install "lanenorm[demo]"`; or for "cuda", what
+        `lanenorm.cuda_unavailable_reason` says.
     """
     require_extra()
+    xp = array_library(device)
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
     from tqdm import tqdm
 
-    began, data, s = time.perf_counter(), load_digits(seed), QUICK if quick else Settings()
+    began, data, s = time.perf_counter(), load_digits(seed, xp), QUICK if quick else Settings()
     images = len(data.train_x)
     total = len(NORMS) * len(s.steps) * s.seeds * s.epochs * (images // s.batch)
     total += 2 * s.sweep_seeds * s.sweep_epochs * sum(images // batch for batch in s.sweep_batches)
@@ -318,19 +338,28 @@ def run(*, quick: bool = False, seed: int = 0, show_progress: bool = False) -> R
         for norm, step in itertools.product(NORMS, s.steps):
             bar.set_description(f"{norm:4}  {s.depth} layers, step size {step:<5g}", refresh=False)
             seeds = range(seed, seed + s.seeds)
-            runs = [train(NORMS[norm], s.depth, step, s.batch, s.epochs, k, data, bar.update) for k in seeds]
+            runs = [train(NORMS[norm], s.depth, step, s.batch, s.epochs, k, data, bar.update, xp) for k in seeds]
             depth[norm, step] = History(*map(np.stack, zip(*runs, strict=True)))
         for norm in ("BN", "LN"):
             sweep[norm] = np.zeros((len(s.sweep_batches), s.sweep_seeds))
             for (row, batch), k in itertools.product(enumerate(s.sweep_batches), range(s.sweep_seeds)):
                 bar.set_description(f"{norm:4}  {s.sweep_depth} layers, batch size {batch:<4}", refresh=False)
                 step = s.sweep_step(batch)
-                one = train(NORMS[norm], s.sweep_depth, step, batch, s.sweep_epochs, seed + k, data, bar.update)
+                one = train(NORMS[norm], s.sweep_depth, step, batch, s.sweep_epochs, seed + k, data, bar.update, xp)
                 sweep[norm][row, k] = one.accuracy[-1]
     return Results(s, depth, sweep, time.perf_counter() - began)
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def array_library(device: str) -> Any:
+    """NumPy, or CuPy where it and CUDA can be used; else ImportError with the reason."""
+    if device == "cpu":
+        return np
+    if reason := cuda_unavailable_reason():
+        raise ImportError(f"demo: --device cuda: {reason}")
+    return importlib.import_module("cupy")
 
 
 def require_extra() -> None:
@@ -356,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lanenorm demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("lanenorm_demo.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few seconds of training in place of a minute")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="NumPy or CuPy arrays (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (%(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.seed < 0:
@@ -363,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.output.parent.is_dir():  # said now, not after a minute of training
         parser.error(f"--output: there is no directory {arguments.output.parent}")
     try:
-        results = run(quick=arguments.quick, seed=arguments.seed, show_progress=True)
+        results = run(quick=arguments.quick, seed=arguments.seed, show_progress=True, device=arguments.device)
         print(report(results))
         plot(results, arguments.output)
     except (ImportError, OSError) as error:
