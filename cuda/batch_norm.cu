@@ -117,18 +117,7 @@ void columns_forward(const Args& args, const Channels& channels, bool inference,
   const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype);
   for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
     x.read(first, matrices, context);
-    ColumnForward a{};
-    a.x = x.data(first);
-    a.y = y.data(first);
-    a.x_matrix_stride = x.unit_stride();
-    a.x_row_stride = x.line_stride();
-    a.y_matrix_stride = y.unit_stride();
-    a.y_row_stride = y.line_stride();
-    a.matrices = matrices;
-    a.rows = plan.lines_per_statistic;
-    a.columns = plan.inner;
-    a.eps = args.eps;
-    a.inverse_rows = 1.0 / static_cast<double>(plan.reduced);
+    const ColumnForward a = columns_of(args, x, y, first, matrices);
     const std::int64_t of_matrix = plan.inner / plan.fold;
     const ColumnChannels own{part_of(channels, first * of_matrix, matrices * of_matrix, args), plan.fold};
     visit(args.dtype,
@@ -147,22 +136,9 @@ void columns_backward(const Args& args, const Channels& channels, const Context&
     dy.read(first, matrices, context);
     const std::int64_t of_matrix = plan.inner / plan.fold;
     const Channels own = part_of(channels, first * of_matrix, matrices * of_matrix, args);
-    ColumnBackward a{};
-    a.dy = dy.data(first);
-    a.x = x.data(first);
-    a.dx = dx.data(first);
-    a.dy_matrix_stride = dy.unit_stride();
-    a.dy_row_stride = dy.line_stride();
-    a.x_matrix_stride = x.unit_stride();
-    a.x_row_stride = x.line_stride();
-    a.dx_matrix_stride = dx.unit_stride();
-    a.dx_row_stride = dx.line_stride();
-    a.matrices = matrices;
-    a.rows = plan.lines_per_statistic;
-    a.columns = plan.inner;
+    ColumnBackward a = columns_of(args, dy, x, dx, first, matrices);
     a.mean = own.mean;
     a.rstd = own.rstd;
-    a.fold = plan.fold;
     visit(args.dtype,
           [&](auto tag) { column_channels_backward<typename decltype(tag)::Type>(a, own, choice, context); });
     dx.write(first, matrices, context);

@@ -167,4 +167,43 @@ struct Parameters {
         as_compute(args.parameter_dtype == statistics_dtype(args.dtype)) {}
 };
 
+// ---- columns -----------------------------------------------------------------------------------------------------
+
+// What does not depend on the norm: `matrices` matrices from `first` on.
+inline ColumnForward columns_of(const Args& args, const Tensor& x, const Tensor& y, std::int64_t first,
+                                std::int64_t matrices) {
+  ColumnForward a{};
+  a.x = x.data(first);
+  a.y = y.data(first);
+  a.x_matrix_stride = x.unit_stride();
+  a.x_row_stride = x.line_stride();
+  a.y_matrix_stride = y.unit_stride();
+  a.y_row_stride = y.line_stride();
+  a.matrices = matrices;
+  a.rows = args.plan.lines_per_statistic;
+  a.columns = args.plan.inner;
+  a.eps = args.eps;
+  a.inverse_rows = 1.0 / static_cast<double>(args.plan.reduced);
+  return a;
+}
+
+inline ColumnBackward columns_of(const Args& args, const Tensor& dy, const Tensor& x, const Tensor& dx,
+                                 std::int64_t first, std::int64_t matrices) {
+  ColumnBackward a{};
+  a.dy = dy.data(first);
+  a.x = x.data(first);
+  a.dx = dx.data(first);
+  a.dy_matrix_stride = dy.unit_stride();
+  a.dy_row_stride = dy.line_stride();
+  a.x_matrix_stride = x.unit_stride();
+  a.x_row_stride = x.line_stride();
+  a.dx_matrix_stride = dx.unit_stride();
+  a.dx_row_stride = dx.line_stride();
+  a.matrices = matrices;
+  a.rows = args.plan.lines_per_statistic;
+  a.columns = args.plan.inner;
+  a.fold = args.plan.fold;
+  return a;
+}
+
 }  // namespace lanenorm::cuda

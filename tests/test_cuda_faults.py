@@ -386,9 +386,18 @@ FAULTS = {
             *(ADDRESS, WRONG, BACKWARD_PLANES_STREAMED),
         ),
     },
-    "batch_norm.cu": {
+    "operands.hpp": {
         "channels of a fold counted as columns": Fault(
-            "a.fold = plan.fold;", "a.fold = 1;", ADDRESS, "wrong: |overflow", BACKWARD_CHANNEL_COLUMNS
+            "a.fold = args.plan.fold;", "a.fold = 1;", ADDRESS, "wrong: |overflow", BACKWARD_CHANNEL_COLUMNS
+        ),
+    },
+    "batch_norm.cu": {
+        "dbias in the place of dweight": Fault(
+            "channels.dbias = dbias.data();",
+            "channels.dbias = dweight.data();",
+            ADDRESS,
+            WRONG,
+            BACKWARD_CHANNEL_COLUMNS,
         ),
         "running statistics not given": Fault(
             "channels.running_mean = running_mean.data();", "", ADDRESS, WRONG, CHANNEL_COLUMNS
