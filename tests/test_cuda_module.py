@@ -238,7 +238,7 @@ class CuPy(types.ModuleType):
         return self.of(np.full(shape, value, dtype))
 
 
-class ndarray:  # noqa: N801
+class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
     """As cupy.ndarray."""
 
     __module__ = "cupy"
@@ -252,6 +252,13 @@ class ndarray:  # noqa: N801
     @property
     def size(self):
         return int(np.prod(self.shape))
+
+    def astype(self, dtype):
+        return CUPY.of(self.get().astype(dtype))
+
+    def __array_ufunc__(self, function, method, *inputs):
+        """Arithmetic, and NumPy's functions: of CuPy arrays a CuPy array."""
+        return CUPY.of(getattr(function, method)(*(i.get() if isinstance(i, ndarray) else i for i in inputs)))
 
     def get(self):
         """The elements as a NumPy array of the same layout."""
