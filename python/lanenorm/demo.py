@@ -7,8 +7,8 @@ pixels that come with scikit-learn. Two experiments, both in float32:
 - depth: one deep network per normalization and step size. Gives accuracy by epoch, gradient norm and slope by layer.
 - batch size: one shallower network per normalization and batch size, every network seeing the same number of images.
 
-Everything runs on NumPy arrays, or with `--device cuda` on CuPy's, which are slower at this size: a step is some fifty
-kernels of a few microseconds. `xp` is the library of the arrays throughout.
+Everything runs on NumPy arrays, or with `--device cuda` on CuPy's: the same program, not a benchmark, since arrays this
+small leave a GPU idle. `xp` is the library of the arrays throughout.
 
 Whatever is being compared starts from the same weights and sees the same images in the same order. The claims known
 from the papers are then checked against what was measured, and a claim that did not hold is reported as such
