@@ -114,7 +114,7 @@ void columns_forward(const Args& args, const Channels& channels, bool inference,
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype);
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
-  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype);
+  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype, 1);
   for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
     x.read(first, matrices, context);
     const ColumnForward a = columns_of(args, x, y, first, matrices);
@@ -130,7 +130,7 @@ void columns_backward(const Args& args, const Channels& channels, const Context&
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype);
   Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
-  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype);
+  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype, 2);
   for_batches({&x, &dy, &dx}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
     x.read(first, matrices, context);
     dy.read(first, matrices, context);

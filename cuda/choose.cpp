@@ -55,14 +55,24 @@ constexpr int kMaxChunkRows = 128;
 // Chunks that there should be: two for each SM of the largest devices.
 constexpr std::int64_t kWantedChunks = 256;
 
-// Columns: blocks of 256 threads an SM, each with up to 48 KB of shared memory and 8 rows of 512 bytes a warp in
-// flight.
+// Columns, streamed: blocks of 256 threads an SM, each with up to 48 KB of shared memory and 8 rows of 512 bytes a warp
+// in flight.
 constexpr int kColumnBlocks = 2;
+// Columns, resident: widths of a slab, words. 64 rows of 8 words are 8 KB, which hardly outweigh a block's barriers; so
+// wide slabs where one block holds all rows of one (32 words: 128 rows) and there are slabs for all SMs.
+constexpr int kWideSlabs[] = {32, 16};
+// Two blocks share an SM where a cluster can share the slab.
+constexpr std::int64_t kPreferredSlabBytes = 100 << 10;
+// What a block may keep though less than half of the SMs work: at the 25 GB/s an SM has of 3.3 TB/s it is read in
+// 2.5 us, about what the two more launches of three kernels take (estimated, not measured).
+constexpr std::int64_t kSmallSlabBytes = 64 << 10;
 
 // Channels that stay on chip: two blocks share an SM where a cluster can share the channel.
 constexpr std::int64_t kPreferredPlaneBytes = 100 << 10;
 
 constexpr int kGroupThreads = 128;
+
+constexpr std::int64_t kMostBlocks = 0x7fffffff;  // of a grid
 
 const GroupRow* find(const GroupRow* first, const GroupRow* last, std::int64_t words) {
   return std::find_if(first, last, [=](const GroupRow& row) { return words <= row.words; });
@@ -90,6 +100,46 @@ bool choose_resident(const DeviceLimits& device, RowForwardChoice* choice) {
 // Clusters of a kernel that loops over `work` pieces: one each, or as many as the device may hold at once.
 std::int64_t clusters_of(std::int64_t work, int per_multiprocessor, int cluster, const DeviceLimits& device) {
   return std::min<std::int64_t>(work, std::max(1, per_multiprocessor * device.multiprocessors / cluster));
+}
+
+// ---- columns -----------------------------------------------------------------------------------------------------
+
+// Where a slab of columns stays on chip. Columns that share a statistic (fold) may lie in two slabs: they do not.
+void choose_slab(const Plan& plan, const DeviceLimits& device, DType dtype, int tensors, ColumnChoice* choice) {
+  if (plan.fold != 1) return;
+  const std::int64_t stretches = ceil_div(plan.lines_per_statistic, kStretchRows);
+  const auto units_of = [&](int words) { return plan.outer * ceil_div(plan.inner * size(dtype), words * kWord); };
+  const auto bytes_of = [&](int words, std::int64_t each) { return slab_bytes(words, each, size(dtype), tensors); };
+  int words = kSlabWords;
+  for (const int wide : kWideSlabs) {
+    if (words == kSlabWords && units_of(wide) >= device.multiprocessors &&
+        bytes_of(wide, stretches) <= kPreferredSlabBytes && bytes_of(wide, stretches) <= device.shared_per_block) {
+      words = wide;
+    }
+  }
+  const std::int64_t units = units_of(words), stretch_bytes = bytes_of(words, 1) - bytes_of(words, 0);
+  const auto room = [&](std::int64_t bytes) { return (bytes - bytes_of(words, 0)) / stretch_bytes; };
+  const std::int64_t most = room(device.shared_per_block);
+  if (most < 1) return;
+  for (const std::int64_t wanted : {std::clamp<std::int64_t>(room(kPreferredSlabBytes), 1, most), most}) {
+    for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
+      const std::int64_t each = ceil_div(stretches, cluster);
+      if (each > wanted) continue;
+      // Few slabs: more blocks for each while there are stretches and processors.
+      if (each > 1 && 2 * cluster <= device.max_cluster && 2 * cluster * units <= device.multiprocessors) continue;
+      // 2 passes on less than half of the device take longer than 3 on all of it.
+      const std::int64_t bytes = bytes_of(words, each);
+      if (2 * cluster * units < device.multiprocessors && bytes > kSmallSlabBytes) return;
+      if (units * cluster > kMostBlocks) return;
+      choice->slab_words = words;
+      choice->stretches = static_cast<int>(each);
+      choice->cluster = cluster;
+      // A thread sums 4 bytes of a row down a stretch; a row of stretches is not split.
+      choice->threads = std::max(kColumnThreads / 4, 4 * words);
+      while (choice->threads < kColumnThreads && choice->threads < each * words * 4) choice->threads *= 2;
+      return;
+    }
+  }
 }
 
 }  // namespace
@@ -165,11 +215,14 @@ RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& devi
   return choice;
 }
 
-ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype) {
+ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype, int tensors) {
+  const std::int64_t row_bytes = plan.inner * size(dtype);
   ColumnChoice choice{};
-  choice.strips = ceil_div(plan.inner * size(dtype), 32 * kWord);
+  choice.strips = ceil_div(row_bytes, 32 * kWord);
   choice.pieces = ceil_div(plan.lines_per_statistic, kPieceRows);
-  choice.blocks = grid_of(plan.outer * choice.strips * choice.pieces, kColumnBlocks, device);
+  choice.slabs = ceil_div(row_bytes, kSlabWords * kWord);
+  choice.streamed_blocks = grid_of(plan.outer * choice.strips * choice.pieces, kColumnBlocks, device);
+  choose_slab(plan, device, dtype, tensors, &choice);
   return choice;
 }
 

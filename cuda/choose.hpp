@@ -77,16 +77,38 @@ struct RowBackwardChoice {
   std::int64_t blocks;  // of the grid, a multiple of cluster
 };
 
-// Rows of a matrix that a block of column kernels takes at a time: 8 warps of 64. Sums of 64 rows in float32 keep the
-// promise of 4 u (4096 rows: 40 u).
-inline constexpr int kPieceRows = 512;
+// Rows of a column that are summed in the compute type: of 64 rows in float32 sums keep the promise of 4 u (4096 rows:
+// 40 u). 8 stretches are a piece, what a block of the streamed column kernels takes at a time.
+inline constexpr int kStretchRows = 64;
+inline constexpr int kPieceRows = 8 * kStretchRows;
+// The narrowest slab of columns that stays on chip, words: a row of it is a whole cache line of 128 bytes. Also what a
+// part of LN's dweight and dbias is summed over.
+inline constexpr int kSlabWords = 8;
+// Threads of a block of columns, of a resident one at most.
+inline constexpr int kColumnThreads = 256;
+// Numbers of the compute type that a column's constants may be: column_resident.cuh asserts that it is enough.
+inline constexpr int kSlabConstants = 6;
+
+// Shared memory of a block that keeps `stretches` of a slab, bytes: constants of its columns, and of every stretch
+// three doubles a column (of float64 forward for three scales: statistic.cuh) beside the rows of 1 or 2 tensors.
+constexpr std::int64_t slab_bytes(int words, std::int64_t stretches, std::int64_t element_bytes, int tensors) {
+  const std::int64_t columns = words * 16 / element_bytes, compute_bytes = element_bytes == 8 ? 8 : 4;
+  const int sets = tensors == 1 && element_bytes == 8 ? 3 : 1;
+  return columns * kSlabConstants * compute_bytes +
+         stretches * (sets * columns * 24 + std::int64_t{tensors} * kStretchRows * words * 16);
+}
 
 struct ColumnChoice {
   // By shape and dtype.
   std::int64_t strips;  // of 32 words of columns, of a matrix
-  std::int64_t pieces;  // of a matrix; 1: it is normalized by one kernel
+  std::int64_t pieces;  // of a matrix
+  std::int64_t slabs;   // of kSlabWords words, of a matrix
   // By the device.
-  std::int64_t blocks;
+  int slab_words;  // resident; 0: streamed
+  int stretches;   // resident: of a block
+  int cluster;     // resident: blocks of a slab
+  int threads;
+  std::int64_t streamed_blocks;
 };
 
 // What a warp computes of a run: at most 8 words a lane.
@@ -116,8 +138,9 @@ struct PlaneChoice {
 RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype);
 RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype);
 
-// plan.elements > 0, plan.work is columns: plan.outer matrices of plan.reduced rows of plan.inner columns.
-ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype);
+// plan.elements > 0, plan.work is columns: plan.outer matrices of plan.reduced rows of plan.inner columns. tensors:
+// that are read, 1 or 2
+ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype, int tensors);
 
 // plan.elements > 0, plan.work is rows, of BN: plan.statistics channels of plan.lines_per_statistic runs of plan.inner
 // elements. tensors: that are read, 1 or 2

@@ -3,6 +3,7 @@
 
 #include "cuda/column_gradient.cuh"
 #include "cuda/column_norm.cuh"
+#include "cuda/column_resident.cuh"
 #include "cuda/kernels.hpp"
 #include "cuda/launch.hpp"
 
@@ -13,42 +14,68 @@ inline Config config_of_statistics(std::int64_t statistics, const Context& conte
   return {grid_of((statistics + 3) / 4, 8, device_limits(context.device)), 128};
 }
 
-template <class T>
-void column_forward(ColumnForward args, const ColumnChoice& choice, const Context& context) {
+// Fills in what args has of a choice.
+template <class A>
+A with_choice(A args, const ColumnChoice& choice) {
   args.strips = choice.strips;
   args.pieces = choice.pieces;
-  const Config pieces{choice.blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
-  if (args.pieces == 1) {
-    launch(column_forward_resident<T>, pieces, context.stream, args);
-    return;
-  }
-  const auto statistics = static_cast<std::size_t>(args.matrices * args.columns);
-  args.piece_moments = context.allocate(
-      context.state, kMomentSets<T> * statistics * static_cast<std::size_t>(args.pieces) * sizeof(Counted));
-  args.normalizers = context.allocate(context.state, statistics * sizeof(Normalizer<Compute<T>>));
+  args.slab = {choice.slab_words, choice.stretches};
+  return args;
+}
+
+template <class T>
+Config streamed_config(const ColumnChoice& choice) {
+  return {choice.streamed_blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
+}
+
+// Runs the resident kernel, a cluster a slab, if there is one for this choice.
+template <class T, class A, class... Parameters, class... Arguments>
+bool launch_resident(void (*kernel)(Parameters...), int tensors, const ColumnChoice& choice, const Context& context,
+                     const A& args, const Arguments&... arguments) {
+  if (choice.slab_words == 0) return false;
+  const std::int64_t width = choice.slab_words * kPerWord<T>, slabs = (args.columns + width - 1) / width;
+  const std::int64_t bytes = slab_bytes(choice.slab_words, choice.stretches, sizeof(T), tensors);
+  const Config config{args.matrices * slabs * choice.cluster, choice.threads, choice.cluster,
+                      static_cast<std::size_t>(bytes)};
+  if (!fits(kernel, config, context.device)) return false;
+  launch(kernel, config, context.stream, args, arguments...);
+  return true;
+}
+
+// Of the moments or sums of all pieces; as many a column as `sets`.
+template <class M, class A>
+void* allocate_pieces(const A& args, int sets, const Context& context) {
+  const auto places = static_cast<std::size_t>(args.matrices * args.columns * args.pieces);
+  return context.allocate(context.state, static_cast<std::size_t>(sets) * places * sizeof(M));
+}
+
+template <class T>
+void column_forward(ColumnForward args, const ColumnChoice& choice, const Context& context) {
+  args = with_choice(args, choice);
+  if (launch_resident<T>(column_forward_resident<T>, 1, choice, context, args)) return;
+  const Config pieces = streamed_config<T>(choice);
+  const std::int64_t statistics = args.matrices * args.columns;
+  args.piece_moments = allocate_pieces<Counted>(args, kMomentSets<T>, context);
+  args.normalizers =
+      context.allocate(context.state, static_cast<std::size_t>(statistics) * sizeof(Normalizer<Compute<T>>));
   launch(column_moments_streamed<T>, pieces, context.stream, args);
-  launch(column_statistics_streamed<T>, config_of_statistics(args.matrices * args.columns, context), context.stream,
-         args);
-  launch(column_apply_streamed<T>, {choice.blocks, kColumnThreads}, context.stream, args);
+  launch(column_statistics_streamed<T>, config_of_statistics(statistics, context), context.stream, args);
+  launch(column_apply_streamed<T>, {pieces.blocks, pieces.threads}, context.stream, args);
 }
 
 template <class T>
 void column_backward(ColumnBackward args, const ColumnChoice& choice, const Context& context) {
-  args.strips = choice.strips;
-  args.pieces = choice.pieces;
-  const Config pieces{choice.blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
-  if (args.pieces == 1) {
-    launch(column_backward_resident<T>, pieces, context.stream, args);
-    return;
-  }
-  const auto statistics = static_cast<std::size_t>(args.matrices * args.columns);
-  args.piece_sums =
-      context.allocate(context.state, statistics * static_cast<std::size_t>(args.pieces) * sizeof(GradientSums));
-  args.constants = context.allocate(context.state, statistics * sizeof(GradientConstants<Compute<T>>));
+  args = with_choice(args, choice);
+  args.slabs = choice.slabs;
+  if (launch_resident<T>(column_backward_resident<T>, 2, choice, context, args)) return;
+  const Config pieces = streamed_config<T>(choice);
+  const std::int64_t statistics = args.matrices * args.columns;
+  args.piece_sums = allocate_pieces<GradientSums>(args, 1, context);
+  args.constants =
+      context.allocate(context.state, static_cast<std::size_t>(statistics) * sizeof(GradientConstants<Compute<T>>));
   launch(column_sums_streamed<T>, pieces, context.stream, args);
-  launch(column_constants_streamed<T>, config_of_statistics(args.matrices * args.columns, context), context.stream,
-         args);
-  launch(column_gradient_streamed<T>, {choice.blocks, kColumnThreads}, context.stream, args);
+  launch(column_constants_streamed<T>, config_of_statistics(statistics, context), context.stream, args);
+  launch(column_gradient_streamed<T>, {pieces.blocks, pieces.threads}, context.stream, args);
 }
 
 // ---- channels (BN) -----------------------------------------------------------------------------------------------
@@ -56,44 +83,36 @@ void column_backward(ColumnBackward args, const ColumnChoice& choice, const Cont
 template <class T>
 void column_channels_forward(ColumnForward args, ColumnChannels channels, bool inference, const ColumnChoice& choice,
                              const Context& context) {
-  args.strips = choice.strips;
-  args.pieces = choice.pieces;
-  const Config pieces{choice.blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
-  if (!inference && args.pieces == 1 && channels.fold == 1) {
-    launch(column_channels_resident<T>, pieces, context.stream, args, channels.channels);
+  args = with_choice(args, choice);
+  if (!inference && launch_resident<T>(column_channels_resident<T>, 1, choice, context, args, channels.channels)) {
     return;
   }
+  const Config pieces = streamed_config<T>(choice);
   channels.channels.constants = allocate_constants<T>(channels.channels, context);
   if (inference) {
     channel_inference<T>(channels.channels, context);
   } else {
-    const auto places = static_cast<std::size_t>(args.matrices * args.columns * args.pieces);
-    args.piece_moments = context.allocate(context.state, kMomentSets<T> * places * sizeof(Counted));
+    args.piece_moments = allocate_pieces<Counted>(args, kMomentSets<T>, context);
     launch(column_moments_streamed<T>, pieces, context.stream, args);
     channel_statistics<T>(channels.channels, args.piece_moments, channels.fold * args.pieces, context);
   }
-  launch(column_apply_channels<T>, {choice.blocks, kColumnThreads}, context.stream, args, channels);
+  launch(column_apply_channels<T>, {pieces.blocks, pieces.threads}, context.stream, args, channels);
 }
 
 template <class T>
 void column_channels_backward(ColumnBackward args, Channels channels, const ColumnChoice& choice,
                               const Context& context) {
-  args.strips = choice.strips;
-  args.pieces = choice.pieces;
-  const Config pieces{choice.blocks, kColumnThreads, 1, sizeof(ColumnLayout<T>)};
-  if (args.pieces == 1 && args.fold == 1 && needs_sums(channels)) {
-    launch(column_backward_channels_resident<T>, pieces, context.stream, args, channels);
-    return;
-  }
+  args = with_choice(args, choice);
   const bool sums = needs_sums(channels);
+  if (sums && launch_resident<T>(column_backward_channels_resident<T>, 2, choice, context, args, channels)) return;
+  const Config pieces = streamed_config<T>(choice);
   if (sums) {
-    const auto places = static_cast<std::size_t>(args.matrices * args.columns * args.pieces);
-    args.piece_sums = context.allocate(context.state, places * sizeof(GradientSums));
+    args.piece_sums = allocate_pieces<GradientSums>(args, 1, context);
     launch(column_sums_streamed<T>, pieces, context.stream, args);
   }
   args.constants = channels.constants = allocate_constants<T>(channels, context);
   channel_gradient<T>(channels, args.piece_sums, sums ? args.fold * args.pieces : 0, context);
-  launch(column_gradient_streamed<T>, {choice.blocks, kColumnThreads}, context.stream, args);
+  launch(column_gradient_streamed<T>, {pieces.blocks, pieces.threads}, context.stream, args);
 }
 
 }  // namespace lanenorm::cuda

@@ -1,19 +1,20 @@
 // Columns on the GPU: statistics down the columns of a matrix, a lane is a word of columns (formulas: row_norm.cuh).
 //
-// A block computes a piece: kPieceRows rows of a strip of 32 words (512 bytes of a row), warp w the rows [64 w, 64 w +
-// 64).
+// The rows of a matrix are cut into stretches of 64 and pieces of 8 stretches (kPieceRows).
 //
-// Passes over memory: where a piece holds all rows of a matrix one kernel reads it twice, the second time out of L2
-// (512 rows of a strip are 256 KB): 2s forward, 3s backward. Else three kernels: moments or sums of the pieces,
-// statistics, then the matrix once more (3s and 5s).
+//   resident   a slab of columns lies in the shared memory of a block, or of the blocks of a cluster: x is read once
+//              (2s forward, 3s backward), in column_resident.cuh
+//   streamed   where it does not fit, or too few blocks would work: three kernels, moments or sums of the pieces,
+//              statistics, then the matrix once more, the last pieces first (3s and 5s). A block computes a piece of a
+//              strip of 32 words (512 bytes of a row), warp w its stretch w
 //
-// THE ORDER OF OPERATIONS, by index within the matrix:
-//   block   8 rows, an exact two-pass in registers about a pivot, which is taken from the first block of a warp
-//   warp    its up to 8 blocks merged in order in the compute type (Chan, Golub, LeVeque 1983); of float32 that is
-//           out of range, in double
-//   piece   its 8 warps, and a matrix its pieces, as trees in double
+// THE ORDER OF OPERATIONS, by index within the matrix and so the same in both:
+//   block    8 rows, an exact two-pass in registers about a pivot, which is taken from the first block of a stretch
+//   stretch  its up to 8 blocks merged in order in the compute type (Chan, Golub, LeVeque 1983); of float32 that is
+//            out of range, in double
+//   piece    its 8 stretches in order, in double; a matrix its pieces as a tree, in double
 //
-// Longer than 300 lines because moments, apply and the kernels of either kind read as one method.
+// Longer than 300 lines because moments, apply and the streamed kernels of either norm read as one method.
 #pragma once
 
 #include <cstdint>
@@ -31,14 +32,33 @@ namespace lanenorm {
 inline namespace LANENORM_ISA {
 
 inline constexpr int kBlockRows = 8;
-inline constexpr int kWarpRows = 64;
-inline constexpr int kColumnWarps = cuda::kPieceRows / kWarpRows;
-inline constexpr int kColumnThreads = 32 * kColumnWarps;
+inline constexpr int kStretchRows = cuda::kStretchRows;
+inline constexpr int kColumnWarps = cuda::kPieceRows / kStretchRows;
+inline constexpr int kColumnThreads = cuda::kColumnThreads;
+static_assert(kColumnThreads == 32 * kColumnWarps);
 
 template <class T>
 inline constexpr int kStripColumns = 32 * kPerWord<T>;
 
 // ---- where a piece lies ------------------------------------------------------------------------------------------
+
+// Adjacent columns of a row: those of a word, or of what a thread reads of shared memory.
+template <class T, int N>
+struct Columns {
+  T value[N];
+};
+
+template <class P>
+struct Matrices {
+  P data;
+  std::int64_t matrix_stride, row_stride;  // bytes
+};
+__device__ __forceinline__ Matrices<const char*> x_of(const cuda::ColumnForward& a) {
+  return {a.x, a.x_matrix_stride, a.x_row_stride};
+}
+__device__ __forceinline__ Matrices<char*> y_of(const cuda::ColumnForward& a) {
+  return {a.y, a.y_matrix_stride, a.y_row_stride};
+}
 
 template <class T>
 struct Piece {
@@ -46,7 +66,7 @@ struct Piece {
   std::int64_t first_column;
   int columns;             // of the strip, at most kStripColumns
   std::int64_t first_row;  // of this warp
-  int rows;                // of this warp, at most kWarpRows
+  int rows;                // of this warp, at most kStretchRows
   int left;                // columns from this lane's first one on; may be negative
   template <class A>
   __device__ __forceinline__ Piece(const A& a, std::int64_t unit) {
@@ -56,16 +76,16 @@ struct Piece {
     first_column = strip * kStripColumns<T>;
     const std::int64_t more = a.columns - first_column;
     columns = static_cast<int>(more < kStripColumns<T> ? more : kStripColumns<T>);
-    first_row = piece * cuda::kPieceRows + threadIdx.x / 32 * kWarpRows;
+    first_row = piece * cuda::kPieceRows + threadIdx.x / 32 * kStretchRows;
     const std::int64_t rest = a.rows - first_row;
-    rows = static_cast<int>(rest < 0 ? 0 : rest < kWarpRows ? rest : kWarpRows);
+    rows = static_cast<int>(rest < 0 ? 0 : rest < kStretchRows ? rest : kStretchRows);
     left = columns - static_cast<int>(threadIdx.x % 32) * kPerWord<T>;
   }
   __device__ __forceinline__ int bytes() const { return columns * static_cast<int>(sizeof(T)); }
   // The strip in a row of this warp.
   template <class P>
-  __device__ __forceinline__ P at(P base, std::int64_t matrix_stride, std::int64_t row_stride, int row) const {
-    return base + matrix * matrix_stride + (first_row + row) * row_stride +
+  __device__ __forceinline__ P at(const Matrices<P>& m, int row) const {
+    return m.data + matrix * m.matrix_stride + (first_row + row) * m.row_stride +
            first_column * static_cast<std::int64_t>(sizeof(T));
   }
 };
@@ -77,14 +97,13 @@ __device__ __forceinline__ std::int64_t statistic_of_column(std::int64_t column,
 
 // This lane's words of `count` <= 8 rows from `row` on.
 template <class T>
-__device__ __forceinline__ void load_rows(const Piece<T>& p, const char* base, std::int64_t matrix_stride,
-                                          std::int64_t row_stride, int row, int count, Words (&data)[kBlockRows]) {
+__device__ __forceinline__ void load_rows(const Piece<T>& p, const Matrices<const char*>& m, int row, int count,
+                                          Columns<T, kPerWord<T>> (&data)[kBlockRows]) {
 #pragma unroll
   for (int r = 0; r < kBlockRows; ++r) {
-    if (r < count) {
-      data[r] =
-          load_word<T>(p.at(base, matrix_stride, row_stride, row + r), p.bytes(), static_cast<int>(threadIdx.x % 32));
-    }
+    if (r >= count) continue;
+    const Words word = load_word<T>(p.at(m, row + r), p.bytes(), static_cast<int>(threadIdx.x % 32));
+    __builtin_memcpy(&data[r], &word, sizeof word);
   }
 }
 
@@ -96,32 +115,30 @@ struct ColumnMoments {
   A pivot, sum, m2;
 };
 
-// N = 8 values of which `count` are there; d = value - origin, else 0.
-template <class T, class A, bool kScaled>
-__device__ __forceinline__ void column_deviations(const Words (&data)[kBlockRows], int e, int count, A origin,
+// Of column e, 8 values of which `count` are there; d = value - origin, else 0.
+template <class T, class A, bool kScaled, int N>
+__device__ __forceinline__ void column_deviations(const Columns<T, N> (&data)[kBlockRows], int e, int count, A origin,
                                                   double scale, A* d) {
 #pragma unroll
   for (int r = 0; r < kBlockRows; ++r) {
-    A v = static_cast<A>(to_compute(elements_of<T>(data[r]).value[e]));
+    A v = static_cast<A>(to_compute(data[r].value[e]));
     if constexpr (kScaled) v = v * scale;
     d[r] = r < count ? v - origin : A(0);
   }
 }
 
-// The E columns of a lane.
-template <class T, class A, bool kScaled>
-__device__ __forceinline__ void warp_moments(const cuda::ColumnForward& a, const Piece<T>& p, double scale,
-                                             ColumnMoments<A>* m) {
-  constexpr int E = kPerWord<T>;
-  for (int row = 0; row < p.rows; row += kBlockRows) {
-    const int count = p.rows - row < kBlockRows ? p.rows - row : kBlockRows;
-    Words data[kBlockRows] = {};
-    load_rows<T>(p, a.x, a.x_matrix_stride, a.x_row_stride, row, count, data);
+// N adjacent columns over the `rows` rows of a stretch. load(row, count, data) gives `count` <= 8 rows from `row` on.
+template <class T, class A, bool kScaled, int N, class Load>
+__device__ __forceinline__ void moments_down(int rows, double scale, Load&& load, ColumnMoments<A>* m) {
+  for (int row = 0; row < rows; row += kBlockRows) {
+    const int count = rows - row < kBlockRows ? rows - row : kBlockRows;
+    Columns<T, N> data[kBlockRows] = {};
+    load(row, count, data);
     const A inverse = A(1) / static_cast<A>(count);
     const A before = static_cast<A>(row), weight = static_cast<A>(count) * before / (static_cast<A>(count) + before);
     const A inverse_before = row == 0 ? A(0) : A(1) / before;
 #pragma unroll
-    for (int e = 0; e < E; ++e) {
+    for (int e = 0; e < N; ++e) {
       A d[kBlockRows];
       if (row == 0) {
         A first[kBlockRows], absolute[kBlockRows];
@@ -144,43 +161,54 @@ __device__ __forceinline__ void warp_moments(const cuda::ColumnForward& a, const
   }
 }
 
-// Shared memory of a block: moments or sums of a column from every warp, then what its statistic gives.
+// Those that are kept, put(e, pivot, sum, m2). left: columns that there are; may be less than 1. kScaled (float64): of
+// scale * x.
+template <class T, bool kScaled, int N, class Load, class Put>
+__device__ __forceinline__ void stretch_moments(const cuda::ColumnForward& a, int rows, int left, double scale,
+                                                Load&& load, Put&& put) {
+  using C = Compute<T>;
+  if (rows <= 0 || left <= 0) return;
+  ColumnMoments<C> m[N];
+  moments_down<T, C, kScaled, N>(rows, scale, load, m);
+  bool redo[N], any = false;
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    redo[e] = sizeof(C) == 4 && e < left && out_of_range<C>(static_cast<double>(m[e].m2) * a.inverse_rows, a.eps);
+    any |= redo[e];
+    put(e, static_cast<double>(m[e].pivot), static_cast<double>(m[e].sum), static_cast<double>(m[e].m2));
+  }
+  if constexpr (sizeof(C) == 4) {
+    if (any) {
+      ColumnMoments<double> wide[N];
+      moments_down<T, double, false, N>(rows, 1.0, load, wide);
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        if (redo[e]) put(e, wide[e].pivot, wide[e].sum, wide[e].m2);
+      }
+    }
+  }
+}
+
+// Shared memory of a block: moments or sums of a column from every warp.
 template <class T>
 struct ColumnLayout {
   double parts[3][kColumnWarps][kStripColumns<T>];
 };
 
-// Whether the condition holds for any thread of the block. votes: kColumnWarps free places in shared memory. Two
-// barriers.
-__device__ __forceinline__ bool block_any(bool condition, int* votes) {
-  const bool in_warp = device::any(device::kAllLanes, condition);
-  if (threadIdx.x % 32 == 0) votes[threadIdx.x / 32] = in_warp ? 1 : 0;
-  device::sync_block();
-  int sum = 0;
-  for (int w = 0; w < kColumnWarps; ++w) sum += votes[w];
-  device::sync_block();
-  return sum != 0;
-}
-
-// Over the warps of a piece: at(warp) for warps that have rows. As fold_lanes would do it.
+// Over the stretches of a piece, in order; at(stretch): M{} for those without rows. A loop: as a tree the moments would
+// take 40 registers more than a resident block has.
 template <class M, class F>
 __device__ __forceinline__ M fold_column(F&& at) {
-  M m[kColumnWarps];
-#pragma unroll
-  for (int w = 0; w < kColumnWarps; ++w) m[w] = at(w);
-#pragma unroll
-  for (int step = 1; step < kColumnWarps; step *= 2) {
-#pragma unroll
-    for (int w = 0; w < kColumnWarps; w += 2 * step) m[w] = merge(m[w], m[w + step]);
-  }
-  return m[0];
+  M total = at(0);
+#pragma unroll 1
+  for (int stretch = 1; stretch < kColumnWarps; ++stretch) total = merge(total, at(stretch));
+  return total;
 }
 
-// Rows of warp `warp` of a piece.
-template <class T, class A>
-__device__ __forceinline__ int rows_of_warp(const A& a, const Piece<T>& p, int warp) {
-  const std::int64_t rest = a.rows - p.piece * cuda::kPieceRows - warp * kWarpRows;
-  return static_cast<int>(rest < 0 ? 0 : rest < kWarpRows ? rest : kWarpRows);
+// How many rows a stretch of a matrix has; 0 beyond its last one.
+__device__ __forceinline__ int rows_of_stretch(std::int64_t rows, std::int64_t stretch) {
+  const std::int64_t rest = rows - stretch * kStretchRows;
+  return static_cast<int>(rest < 0 ? 0 : rest < kStretchRows ? rest : kStretchRows);
 }
 
 // Moments of the piece, of thread t's column t of the strip (threads beyond the strip: of none). Two barriers; the
@@ -188,41 +216,22 @@ __device__ __forceinline__ int rows_of_warp(const A& a, const Piece<T>& p, int w
 template <class T, bool kScaled>
 __device__ __forceinline__ Counted piece_moments(const cuda::ColumnForward& a, const Piece<T>& p, double scale,
                                                  ColumnLayout<T>* shared) {
-  using C = Compute<T>;
   constexpr int E = kPerWord<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const auto put = [&](int e, double pivot, double sum, double m2) {
-    shared->parts[0][warp][lane * E + e] = pivot;
-    shared->parts[1][warp][lane * E + e] = sum;
-    shared->parts[2][warp][lane * E + e] = m2;
-  };
-  if (p.rows > 0 && p.left > 0) {
-    ColumnMoments<C> m[E];
-    warp_moments<T, C, kScaled>(a, p, scale, m);
-    bool redo[E], any = false;
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      redo[e] = sizeof(C) == 4 && e < p.left && out_of_range<C>(static_cast<double>(m[e].m2) * a.inverse_rows, a.eps);
-      any |= redo[e];
-      put(e, static_cast<double>(m[e].pivot), static_cast<double>(m[e].sum), static_cast<double>(m[e].m2));
-    }
-    if constexpr (sizeof(C) == 4) {
-      if (any) {
-        ColumnMoments<double> wide[E];
-        warp_moments<T, double, false>(a, p, 1.0, wide);
-#pragma unroll
-        for (int e = 0; e < E; ++e) {
-          if (redo[e]) put(e, wide[e].pivot, wide[e].sum, wide[e].m2);
-        }
-      }
-    }
-  }
+  stretch_moments<T, kScaled, E>(
+      a, p.rows, p.left, scale,
+      [&](int row, int count, Columns<T, E>(&data)[kBlockRows]) { load_rows<T>(p, x_of(a), row, count, data); },
+      [&](int e, double pivot, double sum, double m2) {
+        shared->parts[0][warp][lane * E + e] = pivot;
+        shared->parts[1][warp][lane * E + e] = sum;
+        shared->parts[2][warp][lane * E + e] = m2;
+      });
   device::sync_block();
   Counted total{};
   const int column = static_cast<int>(threadIdx.x);
   if (column < p.columns) {
     total = fold_column<Counted>([&](int w) {
-      const int rows = rows_of_warp<T>(a, p, w);
+      const int rows = rows_of_stretch(a.rows, p.piece * kColumnWarps + w);
       if (rows == 0) return Counted{};
       return Counted{{shared->parts[0][w][column], shared->parts[1][w][column], 0.0, shared->parts[2][w][column]},
                      static_cast<double>(rows)};
@@ -240,86 +249,71 @@ __device__ __forceinline__ void store_statistic(const cuda::ColumnForward& a, st
 
 // ---- apply -------------------------------------------------------------------------------------------------------
 
-// y of the rows of this warp. n: of the E columns of this lane. All lanes of the warp arrive here.
+// Of a row (LN): 1 and -0 stand for none and change no bit.
+template <class T, class A>
+__device__ __forceinline__ Compute<T> weight_of_row(const A& a, std::int64_t row) {
+  return parameter<T>(a.weight, a.parameters_as_compute, row, Compute<T>(1));
+}
 template <class T>
-__device__ __forceinline__ void apply_rows(const cuda::ColumnForward& a, const Piece<T>& p,
-                                           const Normalizer<Compute<T>> (&n)[kPerWord<T>]) {
-  using C = Compute<T>;
-  constexpr int E = kPerWord<T>;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int row = 0; row < p.rows; ++row) {
-    const C weight = parameter<T>(a.weight, a.parameters_as_compute, p.first_row + row, C(1));
-    const C bias = parameter<T>(a.bias, a.parameters_as_compute, p.first_row + row, -C(0));
-    Words data[1] = {load_word<T>(p.at(a.x, a.x_matrix_stride, a.x_row_stride, row), p.bytes(), lane)};
-    C x[E];
-    unpack<T>(data[0], x);
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      x[e] = normalize(x[e] * n[e].scale, n[e].mean, n[e].rstd, n[e].rstd_low, n[e].shift);
-      x[e] = fma(x[e], weight, bias);  // 1 and -0 stand for none and change no bit
-    }
-    data[0] = pack<T>(x);
-    store_run<T, 32, 1>(p.at(a.y, a.y_matrix_stride, a.y_row_stride, row), p.bytes(), device::kAllLanes, lane, data);
-  }
+__device__ __forceinline__ Compute<T> bias_of_row(const cuda::ColumnForward& a, std::int64_t row) {
+  return parameter<T>(a.bias, a.parameters_as_compute, row, -Compute<T>(0));
 }
 
-// ---- forward -----------------------------------------------------------------------------------------------------
+// y of a word of a row. n: of its E columns; weight, bias: of the row
+template <class T>
+__device__ __forceinline__ Words applied(const Words& word, const Normalizer<Compute<T>> (&n)[kPerWord<T>],
+                                         Compute<T> weight, Compute<T> bias) {
+  Compute<T> x[kPerWord<T>];
+  unpack<T>(word, x);
+#pragma unroll
+  for (int e = 0; e < kPerWord<T>; ++e) {
+    x[e] = normalize(x[e] * n[e].scale, n[e].mean, n[e].rstd, n[e].rstd_low, n[e].shift);
+    x[e] = fma(x[e], weight, bias);
+  }
+  return pack<T>(x);
+}
 
-// Matrices of one piece: f(index, statistic) gives the constants K of a column, apply(piece, constants) gets those of
-// the columns of a lane. They go through shared memory from the thread of a column to the lanes.
-template <class T, class K, class Finish, class Apply>
-__device__ __forceinline__ void for_whole_matrices(const cuda::ColumnForward& a, Finish&& finish_column,
-                                                   Apply&& apply) {
-  using C = Compute<T>;
-  constexpr int E = kPerWord<T>;
-  ColumnLayout<T>* shared = &device::shared<ColumnLayout<T>>();
-  K* constants = reinterpret_cast<K*>(shared);
-  static_assert(kStripColumns<T> * sizeof(K) <= sizeof(ColumnLayout<T>));
-  for (std::int64_t unit = blockIdx.x; unit < a.matrices * a.strips; unit += gridDim.x) {
-    const Piece<T> p(a, unit);
-    const int column = static_cast<int>(threadIdx.x);
-    const Counted total = piece_moments<T, false>(a, p, 1.0, shared);
-    const double variance = total.moments.m2 / total.count;
-    const bool redo = column < p.columns && out_of_range<C>(variance, a.eps);
-    const double scale = redo_scale<C>(variance);
-    Counted again = total;
-    if constexpr (sizeof(C) == 8) {  // all threads take part for the columns that need it
-      if (block_any(redo, reinterpret_cast<int*>(shared))) {
-        for (int set = 1; set < kMomentSets<T>; ++set) {
-          const Counted m = piece_moments<T, true>(a, p, set_scale(set), shared);
-          if (scale == set_scale(set)) again = m;
-        }
+// With weight and bias of the column.
+template <class T>
+__device__ __forceinline__ Words applied(const Words& word, const ChannelConstants<Compute<T>> (&k)[kPerWord<T>]) {
+  Compute<T> x[kPerWord<T>];
+  unpack<T>(word, x);
+#pragma unroll
+  for (int e = 0; e < kPerWord<T>; ++e) {
+    x[e] = normalize_affine(x[e], k[e].scale, k[e].mean, k[e].rstd, k[e].shift, k[e].weight, k[e].bias);
+  }
+  return pack<T>(x);
+}
+
+// Rows that a warp reads before it writes the first of them: 4 of 512 bytes, by 16 warps an SM 32 KB in flight.
+inline constexpr int kApplyRows = 4;
+
+// out = f(row, words) for the rows of this warp, words: this lane's of each of the N inputs. All lanes of the warp
+// arrive here.
+template <class T, int N, class F>
+__device__ __forceinline__ void for_words(const Piece<T>& p, const Matrices<const char*> (&in)[N],
+                                          const Matrices<char*>& out, F&& f) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int row = 0; row < p.rows; row += kApplyRows) {
+    Words data[kApplyRows][N] = {};
+#pragma unroll
+    for (int r = 0; r < kApplyRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (row + r < p.rows) data[r][i] = load_word<T>(p.at(in[i], row + r), p.bytes(), lane);
       }
     }
-    if (column < p.columns) {
-      const Statistic<C> s = redo ? finish_scaled<C>(again.moments, again.count, a.eps, scale)
-                                  : finish<C>(total.moments, total.count, a.eps);
-      constants[column] = finish_column(p.matrix * a.columns + p.first_column + column, s);
-    }
-    device::sync_block();
-    K k[E] = {};
 #pragma unroll
-    for (int e = 0; e < E; ++e) {
-      if (e < p.left) k[e] = constants[threadIdx.x % 32 * E + e];
+    for (int r = 0; r < kApplyRows; ++r) {
+      if (row + r >= p.rows) continue;
+      const Words word[1] = {f(row + r, data[r])};
+      store_run<T, 32, 1>(p.at(out, row + r), p.bytes(), device::kAllLanes, lane, word);
     }
-    device::sync_block();  // the next piece overwrites them
-    apply(p, k);
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kColumnThreads, 1) column_forward_resident(cuda::ColumnForward a) {
-  using N = Normalizer<Compute<T>>;
-  for_whole_matrices<T, N>(
-      a,
-      [&](std::int64_t i, const Statistic<Compute<T>>& s) {
-        store_statistic(a, i, s);
-        return s.normalizer;
-      },
-      [&](const Piece<T>& p, const N(&n)[kPerWord<T>]) { apply_rows<T>(a, p, n); });
-}
+// ---- forward, streamed -------------------------------------------------------------------------------------------
 
-// Matrices of several pieces: first the moments of each.
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads, 1) column_moments_streamed(cuda::ColumnForward a) {
   ColumnLayout<T>* shared = &device::shared<ColumnLayout<T>>();
@@ -367,47 +361,15 @@ __global__ void __launch_bounds__(kColumnThreads, 1) column_apply_streamed(cuda:
     for (int e = 0; e < E; ++e) {
       if (e < p.left) n[e] = static_cast<const Normalizer<C>*>(a.normalizers)[first + e];
     }
-    apply_rows<T>(a, p, n);
+    for_words<T, 1>(p, {x_of(a)}, y_of(a), [&](int row, const Words(&x)[1]) {
+      return applied<T>(x[0], n, weight_of_row<T>(a, p.first_row + row), bias_of_row<T>(a, p.first_row + row));
+    });
   }
 }
 
 // ---- channels (BN) -----------------------------------------------------------------------------------------------
 
-// As apply_rows, with weight and bias of the column.
-template <class T>
-__device__ __forceinline__ void apply_channels(const cuda::ColumnForward& a, const Piece<T>& p,
-                                               const ChannelConstants<Compute<T>> (&k)[kPerWord<T>]) {
-  constexpr int E = kPerWord<T>;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int row = 0; row < p.rows; ++row) {
-    Words data[1] = {load_word<T>(p.at(a.x, a.x_matrix_stride, a.x_row_stride, row), p.bytes(), lane)};
-    Compute<T> x[E];
-    unpack<T>(data[0], x);
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      x[e] = normalize_affine(x[e], k[e].scale, k[e].mean, k[e].rstd, k[e].shift, k[e].weight, k[e].bias);
-    }
-    data[0] = pack<T>(x);
-    store_run<T, 32, 1>(p.at(a.y, a.y_matrix_stride, a.y_row_stride, row), p.bytes(), device::kAllLanes, lane, data);
-  }
-}
-
-// Every column a channel, matrices of one piece.
-template <class T>
-__global__ void __launch_bounds__(kColumnThreads, 1)
-    column_channels_resident(cuda::ColumnForward a, cuda::Channels channels) {
-  using K = ChannelConstants<Compute<T>>;
-  for_whole_matrices<T, K>(
-      a,
-      [&](std::int64_t i, const Statistic<Compute<T>>& s) {
-        store_statistic(channels, i, s);
-        return channel_constants<T>(channels, i, s);
-      },
-      [&](const Piece<T>& p, const K(&k)[kPerWord<T>]) { apply_channels<T>(a, p, k); });
-}
-
-// The last of three kernels, where `fold` adjacent columns are a channel or there are several pieces; the second is
-// channel_statistics_kernel. Also of an inference, which has no first.
+// The last of three kernels; the second is channel_statistics_kernel.
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads, 1)
     column_apply_channels(cuda::ColumnForward a, cuda::ColumnChannels channels) {
@@ -421,7 +383,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
     for (int e = 0; e < kPerWord<T>; ++e) {
       if (e < p.left) k[e] = constants[statistic_of_column(first + e, channels.fold)];
     }
-    apply_channels<T>(a, p, k);
+    for_words<T, 1>(p, {x_of(a)}, y_of(a), [&](int /*row*/, const Words(&x)[1]) { return applied<T>(x[0], k); });
   }
 }
 

@@ -71,6 +71,11 @@ struct FoldPartials {
 
 // ---- columns -----------------------------------------------------------------------------------------------------
 
+// Of the columns that a cluster keeps on chip: so many words of a row, so many stretches of rows to each block.
+struct Slab {
+  int words, stretches;
+};
+
 // A tensor is `matrices` matrices of `rows` rows of `columns` elements; strides in bytes, the elements of a row
 // adjacent.
 struct ColumnForward {
@@ -86,6 +91,7 @@ struct ColumnForward {
   double eps;
   double inverse_rows;
   std::int64_t strips, pieces;  // of a matrix
+  Slab slab;                    // resident
   void* piece_moments;          // streamed: Counted (sets, matrices, columns, pieces)
   void* normalizers;            // streamed: Normalizer (matrices, columns)
 };
@@ -102,8 +108,10 @@ struct ColumnBackward {
   const void* weight;  // (rows), or null
   bool parameters_as_compute;
   std::int64_t strips, pieces;
+  Slab slab;                    // resident
+  std::int64_t slabs;           // of kSlabWords words, of a matrix
   std::int64_t partial_length;  // rows rounded up
-  void* partial;                // dweight and dbias of every strip: (matrices, strips, 2, partial_length); or null
+  void* partial;                // dweight and dbias of all of these: (matrices, slabs, 2, partial_length); or null
   void* piece_sums;             // streamed: GradientSums (matrices, columns, pieces)
   void* constants;              // streamed: GradientConstants (matrices, columns / fold)
 };

@@ -99,7 +99,7 @@ void columns_forward(const Args& args, const Parameters& parameters, void* mean,
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype), statistic_bytes = size(statistics_dtype(args.dtype));
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
-  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype);
+  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype, 1);
   for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
     x.read(first, matrices, context);
     ColumnForward a = columns_of(args, x, y, first, matrices);
@@ -118,8 +118,8 @@ void columns_backward(const Args& args, const Parameters& parameters, const void
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype), statistic_bytes = size(statistics_dtype(args.dtype));
   const DeviceLimits device = device_limits(context.device);
-  const ColumnChoice choice = choose_columns(plan, device, args.dtype);
-  const Partials partials(args, plan.outer * choice.strips, parameters, dweight, dbias, context);
+  const ColumnChoice choice = choose_columns(plan, device, args.dtype, 2);
+  const Partials partials(args, plan.outer * choice.slabs, parameters, dweight, dbias, context);
   Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
   for_batches({&x, &dy, &dx}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
     x.read(first, matrices, context);
@@ -130,7 +130,7 @@ void columns_backward(const Args& args, const Parameters& parameters, const void
     a.weight = parameters.weight;
     a.parameters_as_compute = parameters.as_compute;
     a.partial_length = partials.fold.partial_length;
-    a.partial = advance(partials.data, first * choice.strips * partials.bytes);
+    a.partial = advance(partials.data, first * choice.slabs * partials.bytes);
     visit(args.dtype, [&](auto tag) { column_backward<typename decltype(tag)::Type>(a, choice, context); });
     dx.write(first, matrices, context);
   });

@@ -68,15 +68,22 @@ __device__ __forceinline__ M fold_lanes(unsigned mask, const M& value, int width
 
 // Over `count` places, at(i) reads one. A whole warp arrives here. Lane l folds the places [l c, l c + c) in order,
 // c = ceil(count / 32), then the lanes are folded.
+//
+// width: a group of so many lanes for each of several things to be folded, a power of two and 32 or at least count. The
+// bits are the same, since merging with nothing changes none.
 template <class F>
-__device__ __forceinline__ auto fold_places(std::int64_t count, F&& at) {
+__device__ __forceinline__ auto fold_places(std::int64_t count, int width, F&& at) {
   using M = decltype(at(std::int64_t{0}));
   const std::int64_t each = (count + 31) / 32;
-  const std::int64_t begin = static_cast<std::int64_t>(threadIdx.x % 32u) * each;
+  const std::int64_t begin = static_cast<std::int64_t>(threadIdx.x % static_cast<unsigned>(width)) * each;
   const std::int64_t end = begin + each < count ? begin + each : count;
   M mine{};
   for (std::int64_t i = begin; i < end; ++i) mine = i == begin ? at(i) : merge(mine, at(i));
-  return fold_lanes(device::kAllLanes, mine, 32);
+  return fold_lanes(device::kAllLanes, mine, width);
+}
+template <class F>
+__device__ __forceinline__ auto fold_places(std::int64_t count, F&& at) {
+  return fold_places(count, 32, at);
 }
 
 // Over the warps of a block, at most kWarps, each with one value for all its lanes. scratch: kWarps places of shared

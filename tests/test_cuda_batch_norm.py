@@ -328,6 +328,7 @@ def test_cuda_batch_norm_of_empty_arrays(device, dtype):
 PROBLEMS = [
     ((300, 5), 1),
     ((1100, 131), 1),
+    ((5000, 33), 1),
     ((40, 9, 7, 7), 1),
     ((600, 3, 3, 5), 1),
     ((2, 5, 16, 17), 1),
@@ -393,8 +394,13 @@ def test_cuda_batch_norm_bits_do_not_depend_on_strides(device, shape, channel_ax
         ((32, 256, 28, 28), {"max_cluster": 1}, [(256, 1)]),
         ((8, 64, 112, 112), {}, [(256, 8)]),  # 13 pieces
         ((32, 64, 56, 56), {"max_cluster": 1, "shared_per_block": 49152}, [(256, 1), (128, 1), (256, 1)]),
-        ((300, 64), {}, [(256, 1)]),  # a piece of columns
-        ((600, 64), {}, [(256, 1), (128, 1), (256, 1)]),  # columns: moments, statistics, apply
+        ((300, 64), {}, [(64, 8)]),  # two slabs: a stretch a block
+        ((300, 8448), {}, [(256, 1)]),  # 264 slabs
+        ((64, 16896), {}, [(128, 1)]),  # 132 wide slabs
+        ((1568, 2048), {}, [(256, 4)]),  # 7 x 7 of 32 images: 64 slabs, 256 blocks
+        ((1568, 2048), {"max_cluster": 1, "multiprocessors": 108}, [(256, 1)]),
+        ((1568, 2048), {"max_cluster": 1, "shared_per_block": 101376}, [(256, 1), (128, 1), (256, 1)]),
+        ((600, 64), {"max_cluster": 1}, [(256, 1), (128, 1), (256, 1)]),  # two blocks would work
         ((32, 64, 7, 7), {}, [(256, 1), (128, 1), (256, 1)]),
     ],
     ids=str,

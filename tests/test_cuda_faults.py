@@ -26,6 +26,8 @@ FLAGS = {ADDRESS: ("-O0", "-fno-sanitize=undefined", "-w"), THREAD: ("-w",)}
 # Shared memory of a block: that of an H200; room for one piece of a long row, so that two make a cluster; for none, so
 # that it is streamed.
 H200, TWO_PIECES, ONE_PIECE, NO_PIECE = 232448, 64 << 10, 48 << 10, 4 << 10
+# Room for 3 stretches of columns, or for one backward.
+FEW_STRETCHES = 32 << 10
 
 
 def case(direction, rows, columns, axis=1, shift=0, shared=H200, cluster=16):
@@ -39,14 +41,15 @@ GROUP = (case("forward", 205, 31), case("forward", 36, 99, shift=2))
 BLOCK = (case("forward", 9, 1501), case("forward", 3, 5003, shift=3))
 RESIDENT = (case("forward", 3, 9001, shared=ONE_PIECE), case("forward", 2, 9001, shift=3, shared=ONE_PIECE))
 STREAMED = (case("forward", 5, 9001, shared=NO_PIECE),)
-COLUMNS = (case("forward", 70, 641, axis=0),)
-COLUMNS_STREAMED = (case("forward", 520, 150, axis=0),)
+# 9 stretches and 2 pieces, the last not full: 3 slabs, a stretch to a block of a cluster of 16, or all to one.
+COLUMNS = (case("forward", 520, 70, axis=0), case("forward", 520, 67, axis=0, shift=3))
+COLUMNS_STREAMED = (case("forward", 520, 150, axis=0, shared=FEW_STRETCHES, cluster=1),)
 BACKWARD_GROUP = (case("backward", 108, 99),)
 BACKWARD_BLOCK = (case("dx", 24, 517),)
 BACKWARD_CLUSTER = (case("dx", 12, 4103),)
 BACKWARD_SLABS = (case("dx", 5, 4103, cluster=1),)
-BACKWARD_COLUMNS = (case("backward", 70, 641, axis=0),)
-BACKWARD_COLUMNS_STREAMED = (case("backward", 520, 150, axis=0),)
+BACKWARD_COLUMNS = (case("backward", 520, 70, axis=0), case("backward", 520, 67, axis=0, shift=3))
+BACKWARD_COLUMNS_STREAMED = (case("backward", 520, 150, axis=0, shared=FEW_STRETCHES, cluster=1),)
 
 
 def batch(direction, images, channels, length, shift=0, shared=H200, cluster=16):
@@ -57,11 +60,13 @@ def batch(direction, images, channels, length, shift=0, shared=H200, cluster=16)
 PLANES = (batch("forward", 2, 5, 320), batch("forward", 9, 3, 1303, shared=ONE_PIECE))
 PLANES += (batch("forward", 9, 2, 1303, shift=3, shared=ONE_PIECE),)
 PLANES_STREAMED = (batch("forward", 9, 3, 1303, shared=NO_PIECE),)
-CHANNEL_COLUMNS = (batch("forward", 520, 150, 1), batch("forward", 20, 9, 49))
+CHANNEL_COLUMNS = (batch("forward", 520, 70, 1), batch("forward", 20, 9, 49))
+CHANNEL_COLUMNS += (batch("forward", 520, 150, 1, shared=FEW_STRETCHES, cluster=1),)
 BACKWARD_PLANES = (batch("backward", 2, 5, 320), batch("backward", 9, 3, 1303, shared=TWO_PIECES))
 BACKWARD_PLANES += (batch("backward", 9, 2, 1303, shift=3, shared=TWO_PIECES),)
 BACKWARD_PLANES_STREAMED = (batch("backward", 9, 3, 1303, shared=NO_PIECE),)
-BACKWARD_CHANNEL_COLUMNS = (batch("backward", 520, 150, 1), batch("backward", 20, 9, 49))
+BACKWARD_CHANNEL_COLUMNS = (batch("backward", 520, 70, 1), batch("backward", 20, 9, 49))
+BACKWARD_CHANNEL_COLUMNS += (batch("backward", 520, 150, 1, shared=FEW_STRETCHES, cluster=1),)
 
 # --- The faults -------------------------------------------------------------------------------------------------------
 
@@ -158,9 +163,9 @@ FAULTS = {
             "32 * ceil_div(words, 32 * block.warps)", "32 * (words / (32 * block.warps))", ADDRESS, WRONG, BLOCK
         ),
         "last strip of columns left out": Fault(
-            "ceil_div(plan.inner * size(dtype), 32 * kWord)",
-            "plan.inner * size(dtype) / (32 * kWord)",
-            *(ADDRESS, WRONG, COLUMNS),
+            "choice.strips = ceil_div(row_bytes, 32 * kWord)",
+            "choice.strips = row_bytes / (32 * kWord)",
+            *(ADDRESS, WRONG, COLUMNS_STREAMED),
         ),
         "last piece of columns left out": Fault(
             "ceil_div(plan.lines_per_statistic, kPieceRows)",
@@ -255,21 +260,22 @@ FAULTS = {
             *(ADDRESS, WRONG, BACKWARD_SLABS),
         ),
     },
+    "choose.hpp": {
+        "room for two of three numbers a column": Fault(
+            "sets * columns * 24", "sets * columns * 16", ADDRESS, OVERRUN, COLUMNS
+        ),
+    },
     "column_norm.cuh": {
         "no barrier before the warps of a piece are folded": Fault(
-            f"{BARRIER} Counted total{{}};", "Counted total{};", THREAD, RACE, COLUMNS
+            f"{BARRIER} Counted total{{}};", "Counted total{};", THREAD, RACE, COLUMNS_STREAMED
         ),
-        "no barrier behind the fold": Fault(f"{BARRIER} return total;", "return total;", THREAD, RACE, COLUMNS),
-        "no barrier before the normalizers are read": Fault(
-            f"{BARRIER} K k[E] = {{}};", "K k[E] = {};", THREAD, RACE, COLUMNS
-        ),
-        "no barrier before the next piece": Fault(
-            f"{BARRIER} // the next piece overwrites them", "", THREAD, RACE, COLUMNS
+        "no barrier behind the fold": Fault(
+            f"{BARRIER} return total;", "return total;", THREAD, RACE, COLUMNS_STREAMED
         ),
         "one row too many": Fault(
             "const std::int64_t rest = a.rows - first_row;",
             "const std::int64_t rest = a.rows - first_row + 1;",
-            *(ADDRESS, OVERRUN, COLUMNS),
+            *(ADDRESS, OVERRUN, COLUMNS_STREAMED),
         ),
         "moments of a piece not written": Fault(
             "if (mine) moments[place] = m;",
@@ -278,25 +284,91 @@ FAULTS = {
             WRONG,
             COLUMNS_STREAMED,
         ),
+        "rows beyond the last one read": Fault(
+            "if (row + r < p.rows) data[r][i]",
+            "if (row + r <= p.rows) data[r][i]",
+            *(ADDRESS, OVERRUN, (case("forward", 519, 150, axis=0, shared=FEW_STRETCHES, cluster=1),)),
+        ),
+        "stretch of a piece left out": Fault(
+            "stretch < kColumnWarps; ++stretch) total", "stretch < 7; ++stretch) total", ADDRESS, WRONG, COLUMNS
+        ),
+    },
+    "column_resident.cuh": {
+        "no wait for the copy": Fault(
+            f"device::copy_wait<0>(); {BARRIER} const auto collect",
+            f"{BARRIER} const auto collect",
+            *(ADDRESS, "wrong: |exits without waiting", (case("forward", 520, 72, axis=0),)),
+        ),
+        "no barrier behind the copy": Fault(
+            f"{BARRIER} const auto collect", "const auto collect", THREAD, RACE, COLUMNS
+        ),
+        "no cluster barrier before moments are folded": Fault(
+            f"{CLUSTER_BARRIER} // the moments are there", "", THREAD, "before the first sync_cluster|race", COLUMNS
+        ),
+        "no cluster barrier before the normalizers are read": Fault(
+            f"{CLUSTER_BARRIER} // the constants are there K k[kPerWord<T>]; load_constants(t, memory, k); for_parked",
+            "K k[kPerWord<T>]; load_constants(t, memory, k); for_parked",
+            *(THREAD, "data race|has exited", COLUMNS),
+        ),
+        "constants to the block that has them": Fault(
+            "block < device::cluster_size(); ++block", "block < 1; ++block", ADDRESS, WRONG, COLUMNS
+        ),
+        "moments of the first block only": Fault("static_cast<unsigned>(block));", "0u);", ADDRESS, WRONG, COLUMNS),
+        "last stretch of a block left out": Fault(
+            "stretch < slab.stretches;", "stretch < slab.stretches - 1;", ADDRESS, WRONG, COLUMNS
+        ),
+        "last piece not folded": Fault("width < pieces) width", "width < pieces - 1) width", ADDRESS, WRONG, COLUMNS),
+        "words beyond the columns written": Fault(
+            "more < 0 ? 0 : more < 16 * L ? more : 16 * L;", "16 * L;", ADDRESS, "wrong: |overflow|exits", COLUMNS
+        ),
+        "slabs counted in blocks, not clusters": Fault(
+            "unit = blockIdx.x / device::cluster_size();", "unit = blockIdx.x;", ADDRESS, "wrong|overflow", COLUMNS
+        ),
+        "no barrier behind the copy of a backward": Fault(
+            f"{BARRIER} for_stretches", "for_stretches", THREAD, RACE, BACKWARD_COLUMNS
+        ),
+        "no cluster barrier before sums are folded": Fault(
+            f"{CLUSTER_BARRIER} // the sums are there",
+            "",
+            THREAD,
+            "before the first sync_cluster|race",
+            BACKWARD_COLUMNS,
+        ),
+        "no cluster barrier before the constants are read": Fault(
+            f"{CLUSTER_BARRIER} // the constants are there K k[kPerWord<T>]; load_constants(t, memory, k); const bool",
+            "K k[kPerWord<T>]; load_constants(t, memory, k); const bool",
+            *(THREAD, "data race|has exited", BACKWARD_COLUMNS),
+        ),
+        "dy in the place of x": Fault(
+            "park(t, dy_of(a), memory.rows + memory.tensor_words);",
+            "park(t, dy_of(a), memory.rows);",
+            *(ADDRESS, WRONG, BACKWARD_COLUMNS),
+        ),
+    },
+    "column_launch.cuh": {
+        "last slab left out": Fault(
+            "slabs = (args.columns + width - 1) / width;",
+            "slabs = args.columns / width;",
+            *(ADDRESS, WRONG, COLUMNS),
+        ),
     },
     "column_gradient.cuh": {
         "no barrier before the warps of a piece are folded": Fault(
-            f"{BARRIER} GradientSums total{{}};", "GradientSums total{};", THREAD, RACE, BACKWARD_COLUMNS
+            f"{BARRIER} GradientSums total{{}};", "GradientSums total{};", THREAD, RACE, BACKWARD_COLUMNS_STREAMED
         ),
         "no barrier behind the fold": Fault(
-            f"{BARRIER} return total;", "return total;", THREAD, RACE, BACKWARD_COLUMNS
+            f"{BARRIER} return total;", "return total;", THREAD, RACE, BACKWARD_COLUMNS_STREAMED
         ),
         "scratch of warps without rows": Fault(
-            "if (rows_of_warp<T>(a, p, w) == 0) return GradientSums{};", "", ADDRESS, WRONG, BACKWARD_COLUMNS
+            "if (rows_of_stretch(a.rows, p.piece * kColumnWarps + w) == 0) return GradientSums{};",
+            "",
+            *(ADDRESS, WRONG, BACKWARD_COLUMNS_STREAMED),
         ),
-        "no barrier before the constants are read": Fault(
-            f"{BARRIER} #pragma unroll", "\n#pragma unroll", THREAD, RACE, BACKWARD_COLUMNS
+        "slabs share their part of dweight": Fault(
+            "word / cuda::kSlabWords)", "word / 32)", ADDRESS, WRONG, BACKWARD_COLUMNS
         ),
-        "no barrier before the next piece": Fault(
-            f"{BARRIER} // the next piece overwrites them", "", THREAD, RACE, BACKWARD_COLUMNS
-        ),
-        "strips share their part of dweight": Fault(
-            "(p.matrix * a.strips + p.strip) * 2", "(p.matrix * a.strips) * 2", ADDRESS, WRONG, BACKWARD_COLUMNS
+        "part of dweight by the wrong lanes": Fault(
+            "threadIdx.x % cuda::kSlabWords == 0 &&", "threadIdx.x % 32 == 0 &&", ADDRESS, WRONG, BACKWARD_COLUMNS
         ),
         "sums of a piece not written": Fault(
             "if (static_cast<int>(threadIdx.x) < p.columns) { static_cast<GradientSums*>",

@@ -112,11 +112,76 @@ void chunks_of_rows() {
   CHECK_EQ(row_backward_of(10, 8192, kTuring).cluster, 1);
 }
 
+// Columns of (rows, columns), of float32.
+ColumnChoice columns_of(std::int64_t rows, std::int64_t columns, const DeviceLimits& device = kH200, int tensors = 1,
+                        DType dtype = DType::float32) {
+  return choose_columns(*plan_of(rows, columns, 0, dtype), device, dtype, tensors);
+}
+
 void columns_are_cut_into_strips_and_pieces() {
-  const ColumnChoice c = choose_columns(*plan_of(513, 129, 0, DType::float32), kH200, DType::float32);
+  const ColumnChoice c = columns_of(513, 129);
   CHECK_EQ(c.strips, 2);
   CHECK_EQ(c.pieces, 2);
-  CHECK_EQ(c.blocks, 4);
+  CHECK_EQ(c.slabs, 5);
+  CHECK_EQ(c.streamed_blocks, 4);
+}
+
+// A stretch of a slab of 8 words of float32: 8 KB of x, and 3 doubles of 32 columns.
+void columns_stay_on_chip() {
+  CHECK_EQ(slab_bytes(8, 1, 4, 1) - slab_bytes(8, 0, 4, 1), 8192 + 768);
+  CHECK_EQ(slab_bytes(8, 1, 4, 2) - slab_bytes(8, 0, 4, 2), 16384 + 768);
+  struct Expected {
+    std::int64_t rows, columns;
+    int tensors, words, cluster, stretches, threads;
+  };
+  for (const Expected& e : {Expected{49, 2048, 1, 8, 1, 1, 64},  // ResNet-50 at batch 1: 7 x 7
+                            {1568, 2048, 1, 8, 4, 7, 256},       // at batch 32: 7 x 7
+                            {1568, 2048, 2, 8, 8, 4, 128},       //
+                            {6272, 1024, 1, 8, 16, 7, 256},      // 14 x 14: 784 KB a slab
+                            {6272, 1024, 2, 8, 8, 13, 256},      // 218 KB a block
+                            {25088, 512, 1, 8, 16, 25, 256},     // 28 x 28: 3 MB, 219 KB a block
+                            {25088, 512, 2, 0, 0, 0, 0},         // 6 MB
+                            {100352, 256, 1, 0, 0, 0, 0},        // 56 x 56: 12 MB
+                            {65536, 256, 1, 0, 0, 0, 0},         //
+                            {64, 132 * 128, 1, 32, 1, 1, 128},   // a wide slab for every SM
+                            {64, 131 * 128, 1, 16, 1, 1, 64},    // one less: half as wide
+                            {256, 132 * 128, 1, 16, 1, 4, 256},  // 64 KB; 32 words would be 131 KB
+                            {300, 64, 1, 8, 8, 1, 64},           // as many blocks as there are stretches
+                            {20000, 64, 1, 0, 0, 0, 0}}) {       // 32 blocks of 170 KB: too few
+    const ColumnChoice c = columns_of(e.rows, e.columns, kH200, e.tensors);
+    CHECK_EQ(c.slab_words, e.words);
+    CHECK_EQ(c.cluster, e.cluster);
+    CHECK_EQ(c.stretches, e.stretches);
+    CHECK_EQ(c.threads, e.threads);
+  }
+}
+
+void resident_columns_fit() {
+  constexpr DeviceLimits kAda{142, 101376, 102400, 89, 1};
+  for (const DeviceLimits& device : {kH200, kTuring, kAda, DeviceLimits{1, 232448, 233472, 90, 2}}) {
+    for (const DType dtype : {DType::float16, DType::float32, DType::float64}) {
+      for (const int tensors : {1, 2}) {
+        for (const std::int64_t rows : {2, 49, 300, 512, 1568, 6272, 25088, 100352}) {
+          for (const std::int64_t columns : {2, 64, 2048, 100000}) {
+            const ColumnChoice c = columns_of(rows, columns, device, tensors, dtype);
+            const ColumnChoice on_h200 = columns_of(rows, columns, kH200, tensors, dtype);
+            CHECK_EQ(c.pieces, on_h200.pieces);  // what bits depend on
+            CHECK_EQ(c.slabs, on_h200.slabs);
+            CHECK(c.streamed_blocks >= 1);
+            CHECK(c.streamed_blocks < 100000);
+            if (c.slab_words == 0) continue;
+            CHECK_EQ(c.slab_words % kSlabWords, 0);
+            CHECK(slab_bytes(c.slab_words, c.stretches, size(dtype), tensors) <= device.shared_per_block);
+            CHECK(std::int64_t{c.cluster} * c.stretches * kStretchRows >= rows);
+            CHECK(c.cluster <= device.max_cluster);
+            CHECK(c.threads <= kColumnThreads);
+            CHECK_EQ(c.threads % (4 * c.slab_words), 0);  // a row of stretches is not split
+          }
+        }
+      }
+    }
+  }
+  CHECK_EQ(columns_of(2, std::int64_t{1} << 40).slab_words, 0);  // more slabs than a grid may have blocks
 }
 
 void bits_do_not_depend_on_the_device() {
@@ -245,6 +310,8 @@ int main() {
   long_rows_stay_on_chip();
   chunks_of_rows();
   columns_are_cut_into_strips_and_pieces();
+  columns_stay_on_chip();
+  resident_columns_fit();
   bits_do_not_depend_on_the_device();
   grids_stay_small();
   planes_are_cut_into_segments_and_pieces();
