@@ -22,6 +22,9 @@ Channels channels_of(const Args& args, const Parameters& parameters) {
   return c;
 }
 
+// Whether a backward needs x and sums: not with frozen statistics, where nobody wants dweight and dbias.
+bool needs_x(const Channels& c) { return c.training || c.dweight != nullptr || c.dbias != nullptr; }
+
 // `count` of them from `first` on.
 Channels part_of(Channels c, std::int64_t first, std::int64_t count, const Args& args) {
   const std::int64_t at = first * size(statistics_dtype(args.dtype)), parameter_at = first * size(args.parameter_dtype);
@@ -62,23 +65,29 @@ Runs runs_of(const Plan& plan) {
   return runs;
 }
 
-void planes_forward(const Args& args, const Channels& channels, bool inference, const Context& context) {
+// But for the channels.
+PlaneForward planes_of(const Args& args, const Tensor& x, const Tensor& y, std::int64_t first) {
+  PlaneForward a{};
+  a.runs = runs_of(args.plan);
+  a.x = x.data(first);
+  a.y = y.data(first);
+  a.x_channel_stride = x.unit_stride();
+  a.x_run_stride = x.line_stride();
+  a.y_channel_stride = y.unit_stride();
+  a.y_run_stride = y.line_stride();
+  return a;
+}
+
+void planes_forward(const Args& args, const Channels& channels, const Context& context) {
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype);
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
   const PlaneChoice choice = choose_planes(plan, device_limits(context.device), args.dtype, 1);
   for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t count) {
     x.read(first, count, context);
-    PlaneForward a{};
+    PlaneForward a = planes_of(args, x, y, first);
     a.channels = part_of(channels, first, count, args);
-    a.runs = runs_of(plan);
-    a.x = x.data(first);
-    a.y = y.data(first);
-    a.x_channel_stride = x.unit_stride();
-    a.x_run_stride = x.line_stride();
-    a.y_channel_stride = y.unit_stride();
-    a.y_run_stride = y.line_stride();
-    visit(args.dtype, [&](auto tag) { plane_forward<typename decltype(tag)::Type>(a, inference, choice, context); });
+    visit(args.dtype, [&](auto tag) { plane_forward<typename decltype(tag)::Type>(a, choice, context); });
     y.write(first, count, context);
   });
 }
@@ -110,7 +119,7 @@ void planes_backward(const Args& args, const Channels& channels, const Context& 
 
 // ---- columns -----------------------------------------------------------------------------------------------------
 
-void columns_forward(const Args& args, const Channels& channels, bool inference, const Context& context) {
+void columns_forward(const Args& args, const Channels& channels, const Context& context) {
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype);
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
@@ -121,7 +130,7 @@ void columns_forward(const Args& args, const Channels& channels, bool inference,
     const std::int64_t of_matrix = plan.inner / plan.fold;
     const ColumnChannels own{part_of(channels, first * of_matrix, matrices * of_matrix, args), plan.fold};
     visit(args.dtype,
-          [&](auto tag) { column_channels_forward<typename decltype(tag)::Type>(a, own, inference, choice, context); });
+          [&](auto tag) { column_channels_forward<typename decltype(tag)::Type>(a, own, choice, context); });
     y.write(first, matrices, context);
   });
 }
@@ -145,9 +154,32 @@ void columns_backward(const Args& args, const Channels& channels, const Context&
   });
 }
 
-void forward(const Args& args, const Channels& channels, bool inference, const Context& context) {
-  args.plan.work == Work::rows ? planes_forward(args, channels, inference, context)
-                               : columns_forward(args, channels, inference, context);
+// ---- pointwise ---------------------------------------------------------------------------------------------------
+
+// layout, data: of x, or of dy
+void pointwise(const Args& args, const Channels& channels, Pointwise operation, const Layout& layout, const void* data,
+               const Context& context) {
+  const Plan& plan = args.plan;
+  const std::int64_t bytes = size(args.dtype);
+  const DeviceLimits device = device_limits(context.device);
+  Tensor x(plan, layout, data, bytes), y(plan, plan.y, args.y, bytes);
+  for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t count) {
+    x.read(first, count, context);
+    visit(args.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::Type;
+      if (plan.work == Work::rows) {
+        PlaneForward a = planes_of(args, x, y, first);
+        a.channels = part_of(channels, first, count, args);
+        plane_pointwise<T>(a, operation, choose_planes(plan, device, args.dtype, 1), context);
+      } else {
+        const std::int64_t of_matrix = plan.inner / plan.fold;
+        const ColumnChannels own{part_of(channels, first * of_matrix, count * of_matrix, args), plan.fold};
+        column_pointwise<T>(columns_of(args, x, y, first, count), own, operation,
+                            choose_columns(plan, device, args.dtype, 1), context);
+      }
+    });
+    y.write(first, count, context);
+  });
 }
 
 }  // namespace
@@ -166,7 +198,7 @@ void batch_norm_forward(const Args& args, const Context& context) {
     channels.rstd = rstd.data();
     channels.running_mean = running_mean.data();
     channels.running_var = running_var.data();
-    forward(args, channels, false, context);
+    args.plan.work == Work::rows ? planes_forward(args, channels, context) : columns_forward(args, channels, context);
     running_mean.finish();
     running_var.finish();
   }
@@ -180,7 +212,7 @@ void batch_norm_inference(const Args& args, const Context& context) {
   Channels channels = channels_of(args, Parameters(args, context));
   channels.mean = const_cast<void*>(input_vector(args.running_mean, compute, size(compute), context));
   channels.rstd = const_cast<void*>(input_vector(args.running_var, compute, size(compute), context));
-  forward(args, channels, true, context);
+  pointwise(args, channels, Pointwise::inference, args.plan.x, args.x, context);
 }
 
 void batch_norm_backward(const Args& args, const Context& context) {
@@ -197,7 +229,12 @@ void batch_norm_backward(const Args& args, const Context& context) {
     channels.rstd = const_cast<void*>(input_vector(args.rstd, compute, size(compute), context));
     channels.dweight = dweight.data();
     channels.dbias = dbias.data();
-    args.plan.work == Work::rows ? planes_backward(args, channels, context) : columns_backward(args, channels, context);
+    if (!needs_x(channels)) {
+      pointwise(args, channels, Pointwise::frozen_gradient, args.plan.dy, args.dy, context);
+    } else {
+      args.plan.work == Work::rows ? planes_backward(args, channels, context)
+                                   : columns_backward(args, channels, context);
+    }
   }
   dweight.finish();
   dbias.finish();

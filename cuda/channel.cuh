@@ -99,9 +99,6 @@ void* allocate_constants(const cuda::Channels& channels, const cuda::Context& co
                                              std::max(sizeof(ChannelConstants<C>), sizeof(GradientConstants<C>)));
 }
 
-// Whether a backward needs sums over x and dy at all: not with frozen statistics, where nobody wants dweight and dbias.
-inline bool needs_sums(const cuda::Channels& a) { return a.training || a.dweight != nullptr || a.dbias != nullptr; }
-
 // ---- all channels ------------------------------------------------------------------------------------------------
 
 // f(channel), a warp each.
@@ -128,16 +125,7 @@ __global__ void __launch_bounds__(128)
   });
 }
 
-// A thread a channel.
-template <class T>
-__global__ void __launch_bounds__(128) channel_inference_kernel(cuda::Channels a) {
-  const std::int64_t threads = std::int64_t{gridDim.x} * blockDim.x;
-  for (std::int64_t c = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; c < a.count; c += threads) {
-    static_cast<ChannelConstants<Compute<T>>*>(a.constants)[c] = inference_constants<T>(a, c);
-  }
-}
-
-// all: (channels, places); no places: sums of nothing
+// all: (channels, places)
 template <class T>
 __global__ void __launch_bounds__(128) channel_gradient_kernel(cuda::Channels a, const void* all, std::int64_t places) {
   for_channels(a.count, [&](std::int64_t c) {

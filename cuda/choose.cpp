@@ -58,6 +58,9 @@ constexpr std::int64_t kWantedChunks = 256;
 // Columns, streamed: blocks of 256 threads an SM, each with up to 48 KB of shared memory and 8 rows of 512 bytes a warp
 // in flight.
 constexpr int kColumnBlocks = 2;
+// Columns of which nothing is summed: 2 to 4 blocks of 256 threads share an SM, and as many wait. A warp takes rows by
+// fours (column_norm.cuh) and up to 64, so that a block computes its constants once for up to 256 KB.
+constexpr int kPointwiseBlocks = 8;
 // Columns, resident: widths of a slab, words. 64 rows of 8 words are 8 KB, which hardly outweigh a block's barriers; so
 // wide slabs where one block holds all rows of one (32 words: 128 rows) and there are slabs for all SMs.
 constexpr int kWideSlabs[] = {32, 16};
@@ -223,6 +226,12 @@ ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType 
   choice.slabs = ceil_div(row_bytes, kSlabWords * kWord);
   choice.streamed_blocks = grid_of(plan.outer * choice.strips * choice.pieces, kColumnBlocks, device);
   choose_slab(plan, device, dtype, tensors, &choice);
+  const std::int64_t strips = plan.outer * choice.strips;
+  const std::int64_t wanted = ceil_div(std::int64_t{kPointwiseBlocks} * device.multiprocessors, strips);  // of a strip
+  const std::int64_t most = ceil_div(ceil_div(plan.lines_per_statistic, wanted * kPieceWarps), 4) * 4;
+  choice.warp_rows = static_cast<int>(std::min<std::int64_t>(most, kStretchRows));
+  choice.pointwise_pieces = ceil_div(plan.lines_per_statistic, kPieceWarps * choice.warp_rows);
+  choice.pointwise_blocks = grid_of(strips * choice.pointwise_pieces, kPointwiseBlocks, device);
   return choice;
 }
 

@@ -109,6 +109,10 @@ struct ColumnChoice {
   int cluster;     // resident: blocks of a slab
   int threads;
   std::int64_t streamed_blocks;
+  // Where nothing is summed: warp_rows rows of a strip to each of the 8 warps of a block.
+  int warp_rows;
+  std::int64_t pointwise_pieces;  // of a matrix
+  std::int64_t pointwise_blocks;
 };
 
 // What a warp computes of a run: at most 8 words a lane.

@@ -6,6 +6,7 @@
 #include "cuda/column_resident.cuh"
 #include "cuda/kernels.hpp"
 #include "cuda/launch.hpp"
+#include "cuda/pointwise.cuh"
 
 namespace lanenorm::cuda {
 
@@ -81,21 +82,15 @@ void column_backward(ColumnBackward args, const ColumnChoice& choice, const Cont
 // ---- channels (BN) -----------------------------------------------------------------------------------------------
 
 template <class T>
-void column_channels_forward(ColumnForward args, ColumnChannels channels, bool inference, const ColumnChoice& choice,
+void column_channels_forward(ColumnForward args, ColumnChannels channels, const ColumnChoice& choice,
                              const Context& context) {
   args = with_choice(args, choice);
-  if (!inference && launch_resident<T>(column_channels_resident<T>, 1, choice, context, args, channels.channels)) {
-    return;
-  }
+  if (launch_resident<T>(column_channels_resident<T>, 1, choice, context, args, channels.channels)) return;
   const Config pieces = streamed_config<T>(choice);
   channels.channels.constants = allocate_constants<T>(channels.channels, context);
-  if (inference) {
-    channel_inference<T>(channels.channels, context);
-  } else {
-    args.piece_moments = allocate_pieces<Counted>(args, kMomentSets<T>, context);
-    launch(column_moments_streamed<T>, pieces, context.stream, args);
-    channel_statistics<T>(channels.channels, args.piece_moments, channels.fold * args.pieces, context);
-  }
+  args.piece_moments = allocate_pieces<Counted>(args, kMomentSets<T>, context);
+  launch(column_moments_streamed<T>, pieces, context.stream, args);
+  channel_statistics<T>(channels.channels, args.piece_moments, channels.fold * args.pieces, context);
   launch(column_apply_channels<T>, {pieces.blocks, pieces.threads}, context.stream, args, channels);
 }
 
@@ -103,16 +98,31 @@ template <class T>
 void column_channels_backward(ColumnBackward args, Channels channels, const ColumnChoice& choice,
                               const Context& context) {
   args = with_choice(args, choice);
-  const bool sums = needs_sums(channels);
-  if (sums && launch_resident<T>(column_backward_channels_resident<T>, 2, choice, context, args, channels)) return;
+  if (launch_resident<T>(column_backward_channels_resident<T>, 2, choice, context, args, channels)) return;
   const Config pieces = streamed_config<T>(choice);
-  if (sums) {
-    args.piece_sums = allocate_pieces<GradientSums>(args, 1, context);
-    launch(column_sums_streamed<T>, pieces, context.stream, args);
-  }
+  args.piece_sums = allocate_pieces<GradientSums>(args, 1, context);
   args.constants = channels.constants = allocate_constants<T>(channels, context);
-  channel_gradient<T>(channels, args.piece_sums, sums ? args.fold * args.pieces : 0, context);
+  launch(column_sums_streamed<T>, pieces, context.stream, args);
+  channel_gradient<T>(channels, args.piece_sums, args.fold * args.pieces, context);
   launch(column_gradient_streamed<T>, {pieces.blocks, pieces.threads}, context.stream, args);
+}
+
+template <class T>
+void column_pointwise(ColumnForward args, const ColumnChannels& channels, Pointwise operation,
+                      const ColumnChoice& choice, const Context& context) {
+  args.strips = choice.strips;
+  args.pieces = choice.pointwise_pieces;
+  args.warp_rows = choice.warp_rows;
+  const auto run = [&](auto tag, auto* kernel) {
+    using Constants = typename decltype(tag)::Constants;
+    launch(kernel, {choice.pointwise_blocks, kColumnThreads, 1, kStripColumns<T> * sizeof(Constants)}, context.stream,
+           args, channels);
+  };
+  if (operation == Pointwise::inference) {
+    run(Inference<T>{}, column_pointwise_kernel<T, Inference<T>>);
+  } else {
+    run(FrozenGradient<T>{}, column_pointwise_kernel<T, FrozenGradient<T>>);
+  }
 }
 
 }  // namespace lanenorm::cuda

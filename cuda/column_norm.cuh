@@ -66,19 +66,19 @@ struct Piece {
   std::int64_t first_column;
   int columns;             // of the strip, at most kStripColumns
   std::int64_t first_row;  // of this warp
-  int rows;                // of this warp, at most kStretchRows
+  int rows;                // of this warp, at most warp_rows
   int left;                // columns from this lane's first one on; may be negative
   template <class A>
-  __device__ __forceinline__ Piece(const A& a, std::int64_t unit) {
+  __device__ __forceinline__ Piece(const A& a, std::int64_t unit, int warp_rows = kStretchRows) {
     piece = unit % a.pieces;
     strip = unit / a.pieces % a.strips;
     matrix = unit / a.pieces / a.strips;
     first_column = strip * kStripColumns<T>;
     const std::int64_t more = a.columns - first_column;
     columns = static_cast<int>(more < kStripColumns<T> ? more : kStripColumns<T>);
-    first_row = piece * cuda::kPieceRows + threadIdx.x / 32 * kStretchRows;
+    first_row = (piece * kColumnWarps + threadIdx.x / 32) * warp_rows;
     const std::int64_t rest = a.rows - first_row;
-    rows = static_cast<int>(rest < 0 ? 0 : rest < kStretchRows ? rest : kStretchRows);
+    rows = static_cast<int>(rest < 0 ? 0 : rest < warp_rows ? rest : warp_rows);
     left = columns - static_cast<int>(threadIdx.x % 32) * kPerWord<T>;
   }
   __device__ __forceinline__ int bytes() const { return columns * static_cast<int>(sizeof(T)); }

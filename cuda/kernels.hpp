@@ -92,6 +92,7 @@ struct ColumnForward {
   double inverse_rows;
   std::int64_t strips, pieces;  // of a matrix
   Slab slab;                    // resident
+  int warp_rows;                // pointwise: rows of a piece that belong to a warp
   void* piece_moments;          // streamed: Counted (sets, matrices, columns, pieces)
   void* normalizers;            // streamed: Normalizer (matrices, columns)
 };
@@ -171,6 +172,9 @@ struct ColumnChannels {
   std::int64_t fold;
 };
 
+// What needs no moments or sums: y of an inference, or dx of dy alone (frozen statistics, no dweight and dbias).
+enum class Pointwise { inference, frozen_gradient };
+
 // ---- launchers ---------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -181,22 +185,25 @@ template <class T>
 void column_forward(ColumnForward args, const ColumnChoice& choice, const Context& context);
 template <class T>
 void column_backward(ColumnBackward args, const ColumnChoice& choice, const Context& context);
-// BN forward: moments and statistics, unless `inference`; then y.
 template <class T>
-void plane_forward(PlaneForward args, bool inference, const PlaneChoice& choice, const Context& context);
+void plane_forward(PlaneForward args, const PlaneChoice& choice, const Context& context);
 template <class T>
 void plane_backward(PlaneBackward args, const PlaneChoice& choice, const Context& context);
 template <class T>
-void column_channels_forward(ColumnForward args, ColumnChannels channels, bool inference, const ColumnChoice& choice,
+void column_channels_forward(ColumnForward args, ColumnChannels channels, const ColumnChoice& choice,
                              const Context& context);
 template <class T>
 void column_channels_backward(ColumnBackward args, Channels channels, const ColumnChoice& choice,
                               const Context& context);
-// The constants of all channels, from moments (sets, channels, places), running statistics, or sums (channels, places).
+// x and y stand for dy and dx of a gradient.
+template <class T>
+void plane_pointwise(PlaneForward args, Pointwise operation, const PlaneChoice& choice, const Context& context);
+template <class T>
+void column_pointwise(ColumnForward args, const ColumnChannels& channels, Pointwise operation,
+                      const ColumnChoice& choice, const Context& context);
+// The constants of all channels, from moments (sets, channels, places) or sums (channels, places).
 template <class T>
 void channel_statistics(const Channels& channels, const void* moments, std::int64_t places, const Context& context);
-template <class T>
-void channel_inference(const Channels& channels, const Context& context);
 template <class T>
 void channel_gradient(const Channels& channels, const void* sums, std::int64_t places, const Context& context);
 template <class T>

@@ -6,6 +6,7 @@
 #include "cuda/launch.hpp"
 #include "cuda/plane_gradient.cuh"
 #include "cuda/plane_norm.cuh"
+#include "cuda/pointwise.cuh"
 
 namespace lanenorm::cuda {
 
@@ -16,12 +17,6 @@ template <class T>
 void channel_statistics(const Channels& channels, const void* moments, std::int64_t places, const Context& context) {
   const Config config{grid_of((channels.count + 3) / 4, 8, device_limits(context.device)), 128};
   launch(channel_statistics_kernel<T>, config, context.stream, channels, moments, places);
-}
-
-template <class T>
-void channel_inference(const Channels& channels, const Context& context) {
-  const Config config{grid_of((channels.count + 127) / 128, 8, device_limits(context.device)), 128};
-  launch(channel_inference_kernel<T>, config, context.stream, channels);
 }
 
 template <class T>
@@ -51,37 +46,46 @@ bool launch_resident(Kernel kernel, const A& args, int tensors, const PlaneChoic
 }
 
 template <class T>
-void plane_forward(PlaneForward args, bool inference, const PlaneChoice& choice, const Context& context) {
+void plane_forward(PlaneForward args, const PlaneChoice& choice, const Context& context) {
   args.runs = with_choice(args.runs, choice);
-  if (!inference && launch_resident<Counted>(plane_forward_resident<T>, args, 1, choice, context)) return;
+  if (launch_resident<Counted>(plane_forward_resident<T>, args, 1, choice, context)) return;
   const std::int64_t pieces = args.channels.count * args.runs.pieces;
   const Config blocks{choice.streamed_blocks, 32 * choice.warps, 1, sizeof(WarpMoments)};
   args.channels.constants = allocate_constants<T>(args.channels, context);
-  if (inference) {
-    channel_inference<T>(args.channels, context);
-  } else {
-    args.piece_moments =
-        context.allocate(context.state, kMomentSets<T> * static_cast<std::size_t>(pieces) * sizeof(Counted));
-    launch(plane_moments_streamed<T>, blocks, context.stream, args);
-    channel_statistics<T>(args.channels, args.piece_moments, args.runs.pieces, context);
-  }
+  args.piece_moments =
+      context.allocate(context.state, kMomentSets<T> * static_cast<std::size_t>(pieces) * sizeof(Counted));
+  launch(plane_moments_streamed<T>, blocks, context.stream, args);
+  channel_statistics<T>(args.channels, args.piece_moments, args.runs.pieces, context);
   launch(plane_apply_streamed<T>, {blocks.blocks, blocks.threads}, context.stream, args);
 }
 
 template <class T>
 void plane_backward(PlaneBackward args, const PlaneChoice& choice, const Context& context) {
   args.runs = with_choice(args.runs, choice);
-  const bool sums = needs_sums(args.channels);
-  if (sums && launch_resident<GradientSums>(plane_backward_resident<T>, args, 2, choice, context)) return;
+  if (launch_resident<GradientSums>(plane_backward_resident<T>, args, 2, choice, context)) return;
   const std::int64_t pieces = args.channels.count * args.runs.pieces;
   const Config blocks{choice.streamed_blocks, 32 * choice.warps, 1, sizeof(WarpGradientSums)};
   args.channels.constants = allocate_constants<T>(args.channels, context);
-  if (sums) {
-    args.piece_sums = context.allocate(context.state, static_cast<std::size_t>(pieces) * sizeof(GradientSums));
-    launch(plane_sums_streamed<T>, blocks, context.stream, args);
-  }
-  channel_gradient<T>(args.channels, args.piece_sums, sums ? args.runs.pieces : 0, context);
+  args.piece_sums = context.allocate(context.state, static_cast<std::size_t>(pieces) * sizeof(GradientSums));
+  launch(plane_sums_streamed<T>, blocks, context.stream, args);
+  channel_gradient<T>(args.channels, args.piece_sums, args.runs.pieces, context);
   launch(plane_gradient_streamed<T>, {blocks.blocks, blocks.threads}, context.stream, args);
+}
+
+template <class T>
+void plane_pointwise(PlaneForward args, Pointwise operation, const PlaneChoice& choice, const Context& context) {
+  args.runs = with_choice(args.runs, choice);
+  const auto run = [&](auto tag, auto* kernel) {
+    using Constants = typename decltype(tag)::Constants;
+    const int threads = 32 * choice.warps;
+    launch(kernel, {choice.streamed_blocks, threads, 1, static_cast<std::size_t>(threads) * sizeof(Constants)},
+           context.stream, args);
+  };
+  if (operation == Pointwise::inference) {
+    run(Inference<T>{}, plane_pointwise_kernel<T, Inference<T>>);
+  } else {
+    run(FrozenGradient<T>{}, plane_pointwise_kernel<T, FrozenGradient<T>>);
+  }
 }
 
 }  // namespace lanenorm::cuda

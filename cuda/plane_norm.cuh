@@ -31,6 +31,9 @@ struct Segment {
   Share<T> share;
   __device__ __forceinline__ Segment(const cuda::Runs& runs, std::int64_t piece)
       : Segment(runs, piece * (blockDim.x / 32) + threadIdx.x / 32, Unscaled{}) {}
+  // Segment `segment` of a run.
+  __device__ __forceinline__ Segment(const cuda::Runs& runs, std::int64_t run_, std::int64_t segment)
+      : run(run_), share(run < runs.runs ? runs.length : 0, segment * runs.segment_words, runs.segment_words) {}
   __device__ __forceinline__ std::int64_t offset(std::int64_t run_stride) const {
     return run * run_stride + share.offset();
   }
@@ -39,17 +42,14 @@ struct Segment {
 
  private:
   __device__ __forceinline__ Segment(const cuda::Runs& runs, std::int64_t index, Unscaled)
-      : run(index / runs.segments),
-        share(run < runs.runs ? runs.length : 0, (index - run * runs.segments) * runs.segment_words,
-              runs.segment_words) {}
+      : Segment(runs, index / runs.segments, index % runs.segments) {}
 };
 
 // ---- apply -------------------------------------------------------------------------------------------------------
 
-// y of a segment, from x in `data`, which it overwrites.
-template <class T>
-__device__ __forceinline__ void apply_segment(const ChannelConstants<Compute<T>>& k, int bytes, char* y,
-                                              Words (&data)[kSegmentVectors]) {
+// f(element) of a segment, which lies in `data` and is overwritten.
+template <class T, class F>
+__device__ __forceinline__ void map_segment(int bytes, char* y, Words (&data)[kSegmentVectors], F&& f) {
   constexpr int E = kPerWord<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
@@ -58,10 +58,18 @@ __device__ __forceinline__ void apply_segment(const ChannelConstants<Compute<T>>
     Compute<T> x[E];
     unpack<T>(data[v], x);
 #pragma unroll
-    for (int e = 0; e < E; ++e) x[e] = normalize_affine(x[e], k.scale, k.mean, k.rstd, k.shift, k.weight, k.bias);
+    for (int e = 0; e < E; ++e) x[e] = f(x[e]);
     data[v] = pack<T>(x);
   }
   store_run<T, 32, kSegmentVectors>(y, bytes, device::kAllLanes, lane, data);
+}
+
+// y of a segment.
+template <class T>
+__device__ __forceinline__ void apply_segment(const ChannelConstants<Compute<T>>& k, int bytes, char* y,
+                                              Words (&data)[kSegmentVectors]) {
+  map_segment<T>(bytes, y, data,
+                 [&](Compute<T> x) { return normalize_affine(x, k.scale, k.mean, k.rstd, k.shift, k.weight, k.bias); });
 }
 
 // ---- resident ----------------------------------------------------------------------------------------------------
@@ -193,7 +201,6 @@ __global__ void __launch_bounds__(kPlaneThreads, 1) plane_moments_streamed(cuda:
   });
 }
 
-// Also of an inference.
 template <class T>
 __global__ void __launch_bounds__(kPlaneThreads, 1) plane_apply_streamed(cuda::PlaneForward a) {
   const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -3,10 +3,10 @@
 
 namespace lanenorm::cuda {
 
-template void plane_forward<BFloat16>(PlaneForward, bool, const PlaneChoice&, const Context&);
+template void plane_forward<BFloat16>(PlaneForward, const PlaneChoice&, const Context&);
 template void plane_backward<BFloat16>(PlaneBackward, const PlaneChoice&, const Context&);
 template void channel_statistics<BFloat16>(const Channels&, const void*, std::int64_t, const Context&);
-template void channel_inference<BFloat16>(const Channels&, const Context&);
 template void channel_gradient<BFloat16>(const Channels&, const void*, std::int64_t, const Context&);
+template void plane_pointwise<BFloat16>(PlaneForward, Pointwise, const PlaneChoice&, const Context&);
 
 }  // namespace lanenorm::cuda

@@ -3,10 +3,10 @@
 
 namespace lanenorm::cuda {
 
-template void plane_forward<double>(PlaneForward, bool, const PlaneChoice&, const Context&);
+template void plane_forward<double>(PlaneForward, const PlaneChoice&, const Context&);
 template void plane_backward<double>(PlaneBackward, const PlaneChoice&, const Context&);
 template void channel_statistics<double>(const Channels&, const void*, std::int64_t, const Context&);
-template void channel_inference<double>(const Channels&, const Context&);
 template void channel_gradient<double>(const Channels&, const void*, std::int64_t, const Context&);
+template void plane_pointwise<double>(PlaneForward, Pointwise, const PlaneChoice&, const Context&);
 
 }  // namespace lanenorm::cuda

@@ -70,7 +70,9 @@ def all_bytes(device, x, dy, weight=None, bias=None, *, channel_axis=1):
     result = forward(device, x, weight, bias, channel_axis=channel_axis)
     gradients = backward(device, dy, x, result.mean, result.rstd, weight, channel_axis=channel_axis)
     y = inference(device, x, result.mean, result.rstd, weight, bias, channel_axis=channel_axis)
-    return [np.ascontiguousarray(a).tobytes() for a in (*result, *gradients, y)]
+    keywords = {"channel_axis": channel_axis, "training": False, "param_grads": False}
+    frozen = backward(device, dy, x, result.mean, result.rstd, weight, **keywords).dx
+    return [np.ascontiguousarray(a).tobytes() for a in (*result, *gradients, y, frozen)]
 
 
 # ---- By hand --------------------------------------------------------------------------------------------------------
@@ -202,6 +204,29 @@ def test_cuda_batch_norm_inference_and_frozen_backward(device, rng, dtype, shape
         assert alone.dx.tobytes() == gradients.dx.tobytes()
         assert alone.dweight is None
         assert alone.dbias is None
+
+
+@pytest.mark.parametrize("shape", [(600, 7), (6, 5, 7, 7), (3, 4, 30, 20)], ids=str)
+def test_cuda_batch_norm_frozen_backward_does_not_read_x(device, rng, shape):
+    x, dy = normal(rng, shape, np.float32), normal(rng, shape, np.float32)
+    mean, rstd = running(rng, shape[1], np.float32)
+    expected = backward(device, dy, x, mean, rstd, rstd, training=False, param_grads=False).dx
+    alone = backward(device, dy, np.full_like(x, np.nan), mean, rstd, rstd, training=False, param_grads=False).dx
+    assert alone.tobytes() == expected.tobytes()
+    reference.check("dx", alone, dy * reference.spread((rstd.astype(float) ** 2), (1,), x.ndim), 4.0)
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", [(1, 2100, 16, 16), (2, 700, 17, 16), (9, 3000), (2, 300, 3, 5)], ids=str)
+def test_cuda_batch_norm_inference_of_many_channels(emulated, rng, dtype, shape):
+    """More channels to a block than it has constants of at a time: one multiprocessor."""
+    emulated.library.set_device(multiprocessors=1)
+    x = normal(rng, shape, dtype, offset=3.0)
+    mean, var = running(rng, shape[1], dtype)
+    weight, bias = parameters(rng, shape[1], dtype)
+    gamma, beta = (reference.spread(p, (1,), x.ndim) for p in (weight, bias))
+    y = inference(emulated, x, mean, var, weight, bias)
+    check_y(y, reference.batch_norm(x, mean, var, weight, bias), gamma, beta, f"{dtype} {shape}")
 
 
 def test_cuda_batch_norm_of_weights_at_the_ends_of_the_range(device, rng):
@@ -354,6 +379,7 @@ def test_cuda_batch_norm_bits_do_not_depend_on_the_device(emulated, dtype, shape
     for limits, schedule in (
         ({"multiprocessors": 1}, "reversed"),
         ({"multiprocessors": 7, "max_cluster": 8}, "forward"),
+        ({"multiprocessors": 132, "max_cluster": 4}, "forward"),
         ({"multiprocessors": 188, "max_cluster": 2}, "reversed"),
         ({"multiprocessors": 40, "shared_per_block": 65536, "max_cluster": 1, "architecture": 75}, "reversed"),
         ({"multiprocessors": 16, "shared_per_block": 49152, "max_cluster": 1, "architecture": 75}, "forward"),
@@ -411,3 +437,25 @@ def test_cuda_batch_norm_reads_x_once_where_it_fits(emulated, rng, shape, limits
     emulated.library.take_launches()
     forward(emulated, normal(rng, shape, np.float32))
     assert [(threads, cluster) for _, threads, cluster, _ in emulated.library.take_launches()] == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1, 64, 56, 56), [(64, 128)]),  # a piece of a channel
+        ((2, 5, 16, 17), [(5, 64)]),
+        ((32, 64, 7, 7), [(25, 256)]),  # 25 strips, 4 rows a warp
+        ((6272, 64), [(196, 256)]),  # 4 rows a warp
+    ],
+    ids=str,
+)
+def test_cuda_batch_norm_without_sums_is_one_kernel(emulated, rng, shape, expected):
+    """(blocks, threads) of an inference, and of a frozen backward of dy alone."""
+    x = normal(rng, shape, np.float32)
+    mean, var = running(rng, shape[1], np.float32)
+    emulated.library.take_launches()
+    inference(emulated, x, mean, var)
+    launches = emulated.library.take_launches()
+    assert [launch[:2] for launch in launches] == expected
+    backward(emulated, x, x, mean, var, training=False, param_grads=False)
+    assert [launch[:3] for launch in emulated.library.take_launches()] == [launch[:3] for launch in launches]

@@ -68,6 +68,13 @@ BACKWARD_PLANES_STREAMED = (batch("backward", 9, 3, 1303, shared=NO_PIECE),)
 BACKWARD_CHANNEL_COLUMNS = (batch("backward", 520, 70, 1), batch("backward", 20, 9, 49))
 BACKWARD_CHANNEL_COLUMNS += (batch("backward", 520, 150, 1, shared=FEW_STRETCHES, cluster=1),)
 
+# Without sums: more channels to a block of one warp than it has threads; three segments a run, of 8 warps; columns, on
+# one multiprocessor more strips than blocks; folded ones.
+POINTWISE_PLANES = (batch("inference", 1, 2100, 260), batch("inference", 9, 3, 2100, shift=3))
+POINTWISE_PLANES += (batch("frozen", 9, 3, 1303),)
+POINTWISE_COLUMNS = (batch("inference", 90, 1300, 1), batch("inference", 20, 90, 9, shift=3))
+POINTWISE_COLUMNS += (batch("frozen", 90, 67, 1),)
+
 # --- The faults -------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +350,44 @@ FAULTS = {
             "park(t, dy_of(a), memory.rows + memory.tensor_words);",
             "park(t, dy_of(a), memory.rows);",
             *(ADDRESS, WRONG, BACKWARD_COLUMNS),
+        ),
+    },
+    "pointwise.cuh": {
+        "constants of other channels not read yet": Fault(
+            f"{BARRIER} // the constants before are read", "", THREAD, RACE, POINTWISE_PLANES[:1]
+        ),
+        "no barrier before the constants of planes are read": Fault(
+            f"{BARRIER} }} const K k = constants", "} const K k = constants", THREAD, RACE, POINTWISE_PLANES
+        ),
+        "constants of the first channels only": Fault(
+            "ready = first + blockDim.x;", "ready = first + 100000;", ADDRESS, "wrong: |overflow", POINTWISE_PLANES
+        ),
+        "channel of the last piece without constants": Fault(
+            "if (channel <= last)", "if (channel < last)", ADDRESS, WRONG, POINTWISE_PLANES
+        ),
+        "piece between two blocks left out": Fault(
+            "begin = units * blockIdx.x / gridDim.x,",
+            "begin = units * blockIdx.x / gridDim.x + (blockIdx.x == 1),",
+            *(ADDRESS, WRONG, POINTWISE_PLANES),
+        ),
+        "segments of the next run not begun": Fault(
+            "if (segment >= runs.segments) {", "if (false) {", ADDRESS, "wrong: |overflow", POINTWISE_PLANES
+        ),
+        "no barrier before the constants of columns are read": Fault(
+            f"{BARRIER} K k[E] = {{}};", "K k[E] = {};", THREAD, RACE, POINTWISE_COLUMNS
+        ),
+        "no barrier before the next constants": Fault(
+            f"{BARRIER} // the constants are read", "", THREAD, RACE, POINTWISE_COLUMNS
+        ),
+        "constants of columns counted from the first": Fault(
+            "constants[statistic_of_column(mine, channels.fold) - first]",
+            "constants[(statistic_of_column(mine, channels.fold) - first) / 2]",
+            *(ADDRESS, WRONG, POINTWISE_COLUMNS),
+        ),
+        "bias in a gradient": Fault(
+            "input_gradient(dy, C(1), C(0), C(0), C(0), factor)",
+            "input_gradient(dy, C(1), C(0), C(1), C(0), factor)",
+            *(ADDRESS, WRONG, POINTWISE_COLUMNS),
         ),
     },
     "column_launch.cuh": {

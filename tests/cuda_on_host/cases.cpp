@@ -3,12 +3,12 @@
 //
 // cases forward,ROWS,COLUMNS,AXIS,SHIFT,SHARED,CLUSTER ... (or backward,... or dx,...: without dweight and dbias):
 // layer norms of (ROWS, COLUMNS) arrays. cases batchforward,IMAGES,LENGTH,CHANNELS,... (or batchbackward,...): batch
-// norms of (IMAGES, CHANNELS, LENGTH) arrays. Runs these on a device with 132 multiprocessors, in both schedules, and
-// on one with a single multiprocessor. SHIFT: elements between a 16-byte border and the arrays (but for y and dx of
-// batch norms, so that nothing but the loads is unaligned); SHARED: bytes of shared memory a block may have; CLUSTER:
-// blocks a cluster may have. Prints a hash of the results of each; on an error, a value that is wrong, or bits that
-// differ between these runs, a line that says so, and the exit code is 1. All arrays are exactly as large as they must
-// be.
+// norms of (IMAGES, CHANNELS, LENGTH) arrays; batchinference and batchfrozen: those without sums. Runs these on a
+// device with 132 multiprocessors, in both schedules, and on one with a single multiprocessor. SHIFT: elements between
+// a 16-byte border and the arrays (but for y and dx of batch norms, so that nothing but the loads is unaligned);
+// SHARED: bytes of shared memory a block may have; CLUSTER: blocks a cluster may have. Prints a hash of the results of
+// each; on an error, a value that is wrong, or bits that differ between these runs, a line that says so, and the exit
+// code is 1. All arrays are exactly as large as they must be.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -84,6 +84,7 @@ std::uint64_t bits(const Array& array, std::uint64_t hash) {  // FNV-1a
 
 struct Case {
   bool batch, backward, param_grads;
+  bool inference, frozen;
   long long rows, columns;
   int axis;  // batch: number of channels
   int shift, shared, cluster;
@@ -100,6 +101,8 @@ Case parse(const char* text) {
   const char* what = direction + (c.batch ? 5 : 0);
   c.backward = std::strcmp(what, "forward") != 0;
   c.param_grads = std::strcmp(what, "backward") == 0;
+  c.inference = std::strcmp(what, "inference") == 0;
+  c.frozen = std::strcmp(what, "frozen") == 0;
   return c;
 }
 
@@ -187,8 +190,33 @@ std::uint64_t run(const Case& c) {
   };
   Args args;
   const View vx = x.view(), vdy = dy.view(), vmean = mean.view(), vrstd = rstd.view();
+  const View vrunning_mean = running_mean.view(), vrunning_var = running_var.view();
+  if (c.inference || c.frozen) {
+    if (c.inference) {
+      check_batch_norm_inference("batch_norm", vx, vrunning_mean, vrunning_var, &weights, &biases, 1, kEps, nullptr,
+                                 &args);
+    } else {  // any statistics will do
+      check_batch_norm_backward("batch_norm_backward", vdy, vx, vrunning_mean, vrunning_var, &weights, 1, false,
+                                nullptr, &args);
+    }
+    args.y = y.data();
+    c.inference ? cuda::batch_norm_inference(args, context) : cuda::batch_norm_backward(args, context);
+    for (std::int64_t s = 0; s < slices.count; ++s) {
+      const double m = static_cast<double>(running_mean[s]), v = static_cast<double>(running_var[s]);
+      const double w = static_cast<double>(weight[s]), b = static_cast<double>(bias[s]);
+      for (std::int64_t i = 0; i < slices.length; ++i) {
+        const std::int64_t at = slices.at(s, i);
+        const double normalized = (static_cast<double>(x[at]) - m) / std::sqrt(v + kEps);
+        if (c.inference) {
+          expect("y", y, at, normalized * w + b, 1.0 + std::fabs(normalized));
+        } else {
+          expect("dx", y, at, static_cast<double>(dy[at]) * w * v, v);
+        }
+      }
+    }
+    return bits(y, 0xcbf29ce484222325u);
+  }
   if (!c.backward) {
-    const View vrunning_mean = running_mean.view(), vrunning_var = running_var.view();
     if (c.batch) {
       check_batch_norm_forward("batch_norm_forward", vx, &weights, &biases, &vrunning_mean, &vrunning_var, kMomentum, 1,
                                kEps, nullptr, &args);
