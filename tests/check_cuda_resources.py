@@ -24,7 +24,8 @@ FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", f"-I{ROOT}", f"-I{
 ARCHITECTURES = (75, 80, 90, 100, 120)
 # Kernels that touch every element: 16 bytes at a time. Those of statistics and of strange layouts do not.
 HOT = ("row_forward", "row_moments", "row_apply", "row_backward", "row_sums", "column_forward", "column_moments")
-HOT += ("column_apply", "column_backward", "column_sums", "column_gradient", "plane_")
+HOT += ("column_apply", "column_backward", "column_sums", "column_gradient", "column_channels", "column_pointwise")
+HOT += ("plane_",)
 # What writes nothing but a few numbers a block.
 READS_ONLY = ("row_moments", "row_sums", "column_moments", "column_sums", "plane_moments", "plane_sums")
 
@@ -69,7 +70,7 @@ def short(name):
 
 def kernel(name):
     """row_forward_group from a mangled name."""
-    match = re.search(r"\d+((?:row|column|fold|copy|fill)_[a-z_]+)I?", name)
+    match = re.search(r"\d+((?:row|column|plane|fold|copy|fill)_[a-z_]+)I?", name)
     return match[1] if match else name
 
 
