@@ -16,9 +16,20 @@ import lanenorm
 
 # rows x length, in float32: 8 to 32 lanes a row, a warp, a block, shared memory, clusters; each with a tail
 SHAPES = [(5, 1), (9, 7), (33, 33), (17, 129), (6, 1025), (3, 4099), (3, 17001), (2, 60007), (2, 250007)]
-COLUMNS = [(9, 5, 3), (40, 3, 33), (130, 2, 7)]
-# batch norm: columns of one piece and of several, folded ones; planes of a warp, a block, a cluster, and beyond
-CHANNELS = [(9, 5), (1100, 37), (9, 5, 7, 7), (3, 5, 17, 17), (9, 3, 33, 37), (9, 2, 99, 101), (16, 1, 333, 331)]
+# columns in a block, in a cluster
+COLUMNS = [(9, 5, 3), (40, 3, 33), (130, 2, 7), (900, 2, 33)]
+# batch norm: columns in a block, a cluster, wide slabs, beyond, folded; planes of a warp, a block, a cluster, beyond
+CHANNELS = [
+    (9, 5),
+    (1100, 37),
+    (33, 17001),
+    (30001, 9),
+    (9, 5, 7, 7),
+    (3, 5, 17, 17),
+    (9, 3, 33, 37),
+    (9, 2, 99, 101),
+    (16, 1, 333, 331),
+]
 
 
 def odd_address(array):
@@ -60,7 +71,7 @@ def check(rng, shape, dtype, axis=-1, layout=np.ascontiguousarray):
 
 
 def check_channels(rng, shape, dtype, layout=np.ascontiguousarray):
-    """Training forward with running statistics, inference, backward."""
+    """Training forward with running statistics, inference, backward, dx with frozen statistics."""
     x, dy = layout(normal(rng, shape, dtype, 3.0)), layout(normal(rng, shape, dtype))
     weight, bias = parameters(rng, shape[1], dtype)
     gamma, beta = (reference.spread(p, (1,), x.ndim) for p in (weight, bias))
@@ -70,11 +81,15 @@ def check_channels(rng, shape, dtype, layout=np.ascontiguousarray):
     keywords = {"running_mean": device_mean, "running_var": device_var}
     forward = lanenorm.batch_norm_forward(device_x, *affine, **keywords)
     y = lanenorm.batch_norm(device_x, device_mean, device_var, *affine)
-    backward = lanenorm.batch_norm_backward(device_dy, device_x, forward.mean, forward.rstd, affine[0])
+    given = device_dy, device_x, forward.mean, forward.rstd, affine[0]
+    backward = lanenorm.batch_norm_backward(*given)
+    frozen = lanenorm.batch_norm_backward(*given, training=False, param_grads=False).dx
     where = f"batch_norm {dtype} {shape} {layout.__name__}"
     forward, backward = (type(result)(*map(cupy.asnumpy, result)) for result in (forward, backward))
     check_forward(forward, reference.batch_norm_forward(x, weight, bias), x, gamma, beta, where)
     check_backward(backward, reference.batch_norm_backward(dy, x, weight), x, weight, where)
+    exact = reference.batch_norm_frozen_backward(dy, x, forward.mean, forward.rstd, weight)
+    reference.check("dx", frozen.get(), exact.dx, exact.dx_scale, context=f"frozen {where}")
     moved = device_mean.get(), device_var.get()
     check_y(y.get(), reference.batch_norm(x, *moved, weight, bias), gamma, beta, where)
     for found, exact in zip(moved, reference.running_statistics(x, mean, var, 0.1), strict=True):
@@ -107,7 +122,7 @@ def main(arguments):
                 (check, (6, 33)),
                 (check, (4, 1025)),
                 (check_channels, (9, 5)),
-                (check_channels, CHANNELS[4]),
+                (check_channels, CHANNELS[6]),
             )
             for layout in (sliced, reversed_all, odd_address)
         ],
