@@ -76,7 +76,7 @@ void check_cuda(const char* call, int error) {
   const auto code = static_cast<cudaError_t>(error);
   std::string name = call;  // "cudaLaunchKernelExC(&launch, ...)" without the arguments
   name.resize(name.find('('));
-  errors::cuda_failed("layer_norm", name.c_str(), cudaGetErrorName(code), cudaGetErrorString(code));
+  throw errors::cuda_error(name.c_str(), cudaGetErrorName(code), cudaGetErrorString(code));
 }
 
 DeviceLimits device_limits(int device) {

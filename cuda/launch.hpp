@@ -43,7 +43,7 @@ bool fits(Kernel /*kernel*/, const Config& config, int device) {
 
 #else
 
-// Throws std::runtime_error that names the call and CUDA's error.
+// Throws CudaError that names the call and CUDA's error.
 #define LANENORM_CUDA_CHECK(call) ::lanenorm::cuda::check_cuda(#call, static_cast<int>(call))
 void check_cuda(const char* call, int error);
 

@@ -174,9 +174,12 @@ def host_module(tmp_path_factory):
     folders = [here, ROOT, ROOT / "cpp", pybind11.get_include(), sysconfig.get_path("include")]
     sources = [ROOT / "python/ext/cuda_module.cpp", here / "runtime.cpp"]
     sources += [ROOT / f"cpp/core/{name}.cpp" for name in ("check", "plan")]
+    sources += [ROOT / "cuda/launch.cu", ROOT / "cuda/runtime.cpp"]
     command = [tool("g++"), "-std=c++17", "-O0", "-shared", "-fPIC", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
     command += ['-DLANENORM_VERSION="0"', '-DLANENORM_CUDA_ARCHITECTURES="none"', *(f"-I{f}" for f in folders)]
-    done = subprocess.run([*command, *map(str, sources), "-o", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "-x", "c++", *map(str, sources), "-o", str(path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)
@@ -291,7 +294,7 @@ def cuda(host_module, cupy, monkeypatch):
     """The module on the host in place of lanenorm._cuda; the runtime beneath it, with one device of CUDA 13."""
     module, runtime = host_module
     monkeypatch.setitem(sys.modules, "lanenorm._cuda", module)
-    runtime.set(driver=13000, devices=1, workspace=0, capturing=0, exhausted=0, lost=0, fail=0)
+    runtime.set(driver=13000, devices=1, workspace=0, capturing=0, exhausted=0, lost=0, fail=0, shared=0)
     cupy.note = runtime.note
     runtime.log()
     yield runtime
@@ -518,14 +521,46 @@ def test_device_is_given_back_after_a_failure(cuda, cupy):
 # ---- Refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_kernel_without_image_names_the_call_and_what_to_do(cuda, cupy):
+def call(operation, cupy):
+    """Some call of that operation."""
+    x, vector = cupy.of(numbers((3, 4))), cupy.of(np.ones(4, np.float32))
+    column = cupy.of(np.ones((3, 1), np.float32))
+    positional = {
+        "layer_norm": (x,),
+        "layer_norm_forward": (x,),
+        "layer_norm_backward": (x, x, column, column),
+        "batch_norm": (x, vector, vector),
+        "batch_norm_forward": (x,),
+        "batch_norm_backward": (x, x, vector, vector),
+    }
+    return getattr(lanenorm, operation)(*positional[operation])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_kernel_without_image_names_operation_call_and_what_to_do(cuda, cupy, operation):
     cuda.set(fail=1)
     match = (
-        r"^layer_norm_forward: cudaLaunchKernelExC failed: cudaErrorNoKernelImageForDevice \(a text\); "
+        rf"^{operation}: cudaLaunchKernelExC failed: cudaErrorNoKernelImageForDevice \(a text\); "
         r"build .*LANENORM_CUDA_ARCHITECTURES"
     )
     with pytest.raises(RuntimeError, match=match):
-        lanenorm.layer_norm_forward(cupy.of(numbers((3, 4))))
+        call(operation, cupy)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_failure_before_a_launch_names_operation_and_call(cuda, cupy, operation):
+    cuda.set(shared=300 * 1024)
+    with pytest.raises(RuntimeError, match=rf"^{operation}: cudaFuncSetAttribute failed: cudaErrorInvalidValue"):
+        call(operation, cupy)
+
+
+def test_shared_memory_is_asked_for_once(cuda, cupy):
+    """48 KB are there without; attributes of a kernel only grow."""
+    for kilobytes in (40, 100, 60, 100, 101):
+        cuda.set(shared=kilobytes * 1024)
+        call("layer_norm", cupy)
+    asked = [line.split()[1] for line in cuda.log() if line.startswith("cudaFuncSetAttribute")]
+    assert asked == [str(100 * 1024), str(101 * 1024)]
 
 
 @pytest.mark.parametrize("where", ["output", "workspace"])

@@ -22,6 +22,11 @@ struct AxisError : std::out_of_range {
   std::int64_t axis;
   int axes;
 };
+// A call of the CUDA runtime failed. Thrown where the call is made, without the operation: who runs one puts its name
+// in front (cuda/runtime.hpp).
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 namespace errors {
 
@@ -148,15 +153,17 @@ inline std::string number(double value) {
 // ---- CUDA: std::runtime_error, RuntimeError in Python
 
 // call: the function of the CUDA runtime; error: the name of what it returned, text: what CUDA says about it
-[[noreturn]] inline void cuda_failed(const char* operation, const char* call, const std::string& error,
-                                     const char* text) {
+inline CudaError cuda_error(const char* call, const std::string& error, const char* text) {
   std::string hint;
   if (error == "cudaErrorNoKernelImageForDevice") {
     hint = "; build lanenorm for this GPU: LANENORM_CUDA_ARCHITECTURES, see README";
   } else if (error == "cudaErrorMemoryAllocation") {
-    hint = "; free memory, also that of CuPy's pool: cupy.get_default_memory_pool().free_all_blocks()";
+    hint = "; free memory, also that of pools (CuPy's: cupy.get_default_memory_pool().free_all_blocks())";
   }
-  throw std::runtime_error(std::string(operation) + ": " + call + " failed: " + error + " (" + text + ")" + hint);
+  return CudaError(std::string(call) + " failed: " + error + " (" + text + ")" + hint);
+}
+[[noreturn]] inline void cuda_failed(const char* operation, const CudaError& error) {
+  throw std::runtime_error(std::string(operation) + ": " + error.what());
 }
 
 // text: what the allocator said

@@ -5,35 +5,11 @@
 // current stream of the device that the arrays lie on.
 #include "bind.hpp"
 // after Python.h, which pybind11 includes as it needs it
-#include <cuda_runtime_api.h>
-
-#include "cuda/norms.hpp"
+#include "cuda/runtime.hpp"
 
 namespace {
 
-// ---- CUDA's runtime ----------------------------------------------------------------------------------------------
-
-void check(const char* operation, const char* call, cudaError_t error) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call of somebody else reports it again
-  lanenorm::errors::cuda_failed(operation, call, cudaGetErrorName(error), cudaGetErrorString(error));
-}
-
-// Why no kernel can run here; nothing where they can. Initializes CUDA, which no forked child can use then.
-std::optional<std::string> unavailable_reason() {
-  int driver = 0;
-  cudaError_t error = cudaDriverGetVersion(&driver);
-  if (error == cudaSuccess && driver == 0) return lanenorm::errors::no_driver();
-  if (error == cudaSuccess && driver / 1000 < CUDART_VERSION / 1000) {
-    return lanenorm::errors::old_driver(driver, CUDART_VERSION / 1000 * 1000);
-  }
-  int devices = 0;
-  if (error == cudaSuccess) error = cudaGetDeviceCount(&devices);
-  if (error == cudaSuccess && devices == 0) error = cudaErrorNoDevice;
-  if (error == cudaSuccess) return std::nullopt;
-  cudaGetLastError();
-  return lanenorm::errors::no_device(cudaGetErrorName(error), cudaGetErrorString(error));
-}
+using lanenorm::cuda::check;
 
 // ---- CuPy --------------------------------------------------------------------------------------------------------
 
@@ -141,9 +117,8 @@ py::object allocate(const char* operation, std::int64_t bytes, int device) {
 class Workspace {
  public:
   Workspace(const char* operation, int device, cudaStream_t stream)
-      : operation_(operation), device_(device), stream_(stream) {}
+      : operation_(operation), device_(device), stream_(stream), of_graph_(operation, stream) {}
   ~Workspace() {
-    for (void* memory : of_graph_) cudaFreeAsync(memory, stream_);  // only where an exception passes
     if (of_pool_.empty()) return;
     const WithGil gil;
     of_pool_.clear();
@@ -152,25 +127,14 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
 
   void* allocate(std::size_t bytes) {
-    if (capturing()) {
-      void* memory = nullptr;
-      check(operation_, "cudaMallocAsync", cudaMallocAsync(&memory, bytes, stream_));
-      of_graph_.push_back(memory);
-      return memory;
-    }
+    if (capturing()) return of_graph_.allocate(bytes);
     const WithGil gil;
     of_pool_.push_back(::allocate(operation_, static_cast<std::int64_t>(bytes), device_));
     return pointer(of_pool_.back().attr("ptr"));
   }
 
   // After the last launch.
-  void release() {
-    while (!of_graph_.empty()) {
-      void* memory = of_graph_.back();
-      of_graph_.pop_back();
-      check(operation_, "cudaFreeAsync", cudaFreeAsync(memory, stream_));
-    }
-  }
+  void release() { of_graph_.release(); }
 
  private:
   bool capturing() const {
@@ -185,7 +149,7 @@ class Workspace {
   int device_;
   cudaStream_t stream_;
   std::vector<py::object> of_pool_;
-  std::vector<void*> of_graph_;
+  lanenorm::cuda::StreamMemory of_graph_;
 };
 
 // ---- operations --------------------------------------------------------------------------------------------------
@@ -263,9 +227,10 @@ class Cuda {
 
   void run(void (*operation)(const lanenorm::Args&, const lanenorm::cuda::Context&), const lanenorm::Args& args) const {
     Workspace workspace(operation_, device_, stream_);
-    operation(args, {device_, stream_,
-                     [](void* state, std::size_t bytes) { return static_cast<Workspace*>(state)->allocate(bytes); },
-                     &workspace});
+    lanenorm::cuda::run(
+        operation_, operation, args,
+        {device_, stream_,
+         [](void* state, std::size_t bytes) { return static_cast<Workspace*>(state)->allocate(bytes); }, &workspace});
     workspace.release();
   }
 
@@ -290,6 +255,6 @@ PYBIND11_MODULE(_cuda, m) {
   register_errors();
   bind_layer_norm<Cuda>(m);
   bind_batch_norm<Cuda>(m);
-  m.def("unavailable_reason", &unavailable_reason);
+  m.def("unavailable_reason", &lanenorm::cuda::unavailable_reason);
   m.def("build_info", &build_info);
 }

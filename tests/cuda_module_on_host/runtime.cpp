@@ -1,6 +1,6 @@
 // A CUDA runtime that only writes down what it is asked, and operations in place of the kernels that move elements
-// where the Plan says: what the module lanenorm._cuda does around them is what is tested. Python reaches the extern "C"
-// functions by ctypes.
+// where the Plan says: what the module lanenorm._cuda and cuda/launch.cu do around them is what is tested. Python
+// reaches the extern "C" functions by ctypes.
 #include <Python.h>
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include <map>
 #include <string>
 
-#include "core/errors.hpp"
+#include "cuda/launch.hpp"
 #include "cuda/norms.hpp"
 #include "cuda_runtime_api.h"
 
@@ -18,7 +18,7 @@ namespace {
 std::string written;
 // What the test has set. driver: what cudaDriverGetVersion gives; devices: how many there are; workspace: bytes an
 // operation asks for; not 0 where so: capturing, exhausted (cudaMallocAsync finds no memory), lost (cudaFreeAsync
-// refuses), fail (no kernel image)
+// refuses), fail (no kernel image); shared: bytes of shared memory of a launch
 std::map<std::string, std::int64_t> settings;
 
 std::int64_t setting(const char* name) { return settings[name]; }
@@ -49,17 +49,16 @@ void number(const lanenorm::Vector& vector, lanenorm::DType dtype, double start)
   }
 }
 
-void launch(const char* name, const lanenorm::Args& args, const lanenorm::cuda::Context& context) {
+void kernel(double /*parameter*/) {}  // never runs
+
+void pretend(const char* name, const lanenorm::Args& args, const lanenorm::cuda::Context& context) {
   if (const std::int64_t bytes = setting("workspace"); bytes > 0) {
     std::memset(context.allocate(context.state, static_cast<std::size_t>(bytes)), 0xff,
                 static_cast<std::size_t>(bytes));
   }
   note(std::string("launch ") + name + " device " + std::to_string(context.device) + " stream " + text(context.stream) +
        (PyGILState_Check() != 0 ? " with the GIL" : ""));
-  if (setting("fail") != 0) {
-    lanenorm::errors::cuda_failed(name, "cudaLaunchKernelExC", cudaGetErrorName(cudaErrorNoKernelImageForDevice),
-                                  "a text");
-  }
+  lanenorm::cuda::launch(kernel, {1, 32, 1, static_cast<std::size_t>(setting("shared"))}, context.stream, 1.0);
   const bool backward = args.dy != nullptr;
   const char* from = static_cast<const char*>(backward ? args.dy : args.x);
   const auto bytes = static_cast<std::size_t>(lanenorm::size(args.dtype));
@@ -82,11 +81,11 @@ void launch(const char* name, const lanenorm::Args& args, const lanenorm::cuda::
 }  // namespace
 
 namespace lanenorm::cuda {
-void layer_norm_forward(const Args& args, const Context& context) { launch("layer_norm_forward", args, context); }
-void layer_norm_backward(const Args& args, const Context& context) { launch("layer_norm_backward", args, context); }
-void batch_norm_inference(const Args& args, const Context& context) { launch("batch_norm_inference", args, context); }
-void batch_norm_forward(const Args& args, const Context& context) { launch("batch_norm_forward", args, context); }
-void batch_norm_backward(const Args& args, const Context& context) { launch("batch_norm_backward", args, context); }
+void layer_norm_forward(const Args& args, const Context& context) { pretend("layer_norm_forward", args, context); }
+void layer_norm_backward(const Args& args, const Context& context) { pretend("layer_norm_backward", args, context); }
+void batch_norm_inference(const Args& args, const Context& context) { pretend("batch_norm_inference", args, context); }
+void batch_norm_forward(const Args& args, const Context& context) { pretend("batch_norm_forward", args, context); }
+void batch_norm_backward(const Args& args, const Context& context) { pretend("batch_norm_backward", args, context); }
 }  // namespace lanenorm::cuda
 
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -97,7 +96,12 @@ cudaError_t cudaGetDeviceCount(int* count) {
   *count = static_cast<int>(setting("devices"));
   return *count == 0 ? cudaErrorNoDevice : cudaSuccess;
 }
+cudaError_t cudaGetDevice(int* device) {
+  *device = static_cast<int>(setting("current"));
+  return cudaSuccess;
+}
 cudaError_t cudaSetDevice(int device) {
+  settings["current"] = device;
   note("cudaSetDevice " + std::to_string(device));
   return cudaSuccess;
 }
@@ -106,6 +110,7 @@ const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
     case cudaErrorNoDevice: return "cudaErrorNoDevice";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
     case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
     default: return "cudaErrorUnknown";
   }
@@ -126,6 +131,29 @@ cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
   note("cudaFreeAsync stream " + text(stream));
   std::free(memory);
   return setting("lost") != 0 ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  note("cudaFuncSetAttribute " + std::to_string(value) + " bytes of shared memory");
+  return value > 227 * 1024 ? cudaErrorInvalidValue : cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
+  *clusters = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void** arguments) {
+  if (setting("fail") != 0) return cudaErrorNoKernelImageForDevice;
+  const bool as_sent = config->gridDim.x == 1 && config->blockDim.x == 32 && config->numAttrs == 0 &&
+                       *static_cast<double*>(arguments[0]) == 1.0;
+  return as_sent ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 extern "C" {

@@ -168,9 +168,9 @@ class Builder:
         return self.link(".exe", self.compile_all([(source,) for source in sources]))
 
     def kernels(self):
-        """Sources of the CUDA part and of what it needs of the core."""
+        """Sources of the CUDA part, but for what calls CUDA's runtime, and of what it needs of the core."""
         kernels = sorted((self.tree / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
-        return [*kernels, *sorted((self.tree / "cuda").glob("*.cpp")), *sorted((self.tree / "cpp/core").glob("*.cpp"))]
+        return [*kernels, *(self.tree / f"{name}.cpp" for name in ("cuda/choose", "cpp/core/check", "cpp/core/plan"))]
 
     def module(self):
         """The Python module of this package."""
