@@ -16,7 +16,7 @@ namespace lanenorm::cuda {
 // Throws std::runtime_error where `call` of the runtime has failed.
 void check(const char* operation, const char* call, cudaError_t error);
 
-// Why no kernel can run here; nothing where they can. Initializes CUDA, which no forked child can use then.
+// As lanenorm/cuda.hpp has it.
 std::optional<std::string> unavailable_reason();
 
 // Launches one of norms.hpp. `operation` is what the user called it.

@@ -11,6 +11,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+import cpp_operations
 import numpy as np
 import pytest
 from conftest import ROOT, tool
@@ -91,9 +92,7 @@ def test_cpp_package_runs_the_example(build):
 
 def test_cpp_package_example_is_that_of_the_readme():
     blocks = re.findall(r"^```cpp\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    if not blocks:
-        pytest.skip("the README shows no C++ yet")
-    assert blocks == [(EXAMPLE / "main.cpp").read_text(encoding="utf-8")]
+    assert blocks == [(EXAMPLE / name).read_text(encoding="utf-8") for name in ("main.cpp", "cuda.cpp")]
 
 
 def test_cpp_package_in_the_wheel_has_every_instruction_set(wheel):
@@ -128,8 +127,8 @@ def test_cpp_header_defines_no_macros(prefix):
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [
-        ("REQUIRED COMPONENTS cpu cuda", "component cuda: lanenorm [0-9.]+ has no CUDA library"),
-        ("REQUIRED COMPONENTS gpu", "there is no component 'gpu', only cpu"),
+        ("REQUIRED COMPONENTS cpu cuda", "component cuda: this lanenorm [0-9.]+ was built without CUDA"),
+        ("REQUIRED COMPONENTS gpu", "there is no component 'gpu', only cpu and cuda"),
         ("99.0 REQUIRED", 'requested version "99.0"'),
         ("REQUIRED", None),
         ("OPTIONAL_COMPONENTS cuda", None),
@@ -165,53 +164,17 @@ def test_cpp_package_as_a_folder_leaves_its_parent_alone(tmp_path):
 # ---- The interface --------------------------------------------------------------------------------------------------
 
 
-def numbers(dtype, shape, seed):
-    """What operations.cpp makes: multiples of 1/128 from a linear congruential generator."""
-    values = []
-    for _ in range(int(np.prod(shape))):
-        seed = (seed * 1664525 + 1013904223) % 2**32
-        values.append(((seed >> 24) - 128) / 128)
-    return np.array(values).reshape(shape).astype(dtype)
-
-
-def expected_layer_norm(dtype):
-    x, dy = numbers(dtype, (5, 100), 1), numbers(dtype, (5, 100), 2)
-    weight, bias = numbers(dtype, 100, 3), numbers(dtype, 100, 4)
-    y, mean, rstd = lanenorm.layer_norm_forward(x, weight, eps=1e-3)
-    dx, dweight, dbias = lanenorm.layer_norm_backward(dy, x, mean, rstd, weight)
-    inference = lanenorm.layer_norm(x, weight, bias)
-    by_row = {"y": y, "mean": mean, "rstd": rstd, "inference": inference}
-    return by_row | {"dx": dx, "dweight": dweight, "dbias": dbias}
-
-
-def expected_batch_norm(dtype):
-    x, dy = (numbers(dtype, (4, 5, 5, 7), seed).transpose(0, 3, 1, 2) for seed in (5, 6))
-    weight, bias = numbers(dtype, 7, 7), numbers(dtype, 7, 8)
-    statistics = np.float64 if dtype == np.float64 else np.float32
-    running = {"running_mean": numbers(statistics, 7, 9), "running_var": np.zeros(7, statistics)}
-    y, mean, rstd = lanenorm.batch_norm_forward(x, weight, bias, momentum=0.25, **running)
-    dx, dweight, dbias = lanenorm.batch_norm_backward(dy, x, mean, rstd, weight)
-    frozen = lanenorm.batch_norm_backward(dy, x, mean, rstd, training=False, param_grads=False).dx
-    inference = lanenorm.batch_norm(x, running["running_mean"], running["running_var"], weight, bias)
-    by_channel = {"mean": mean, "rstd": rstd, "dweight": dweight, "dbias": dbias} | running
-    images = {"y": y, "dx": dx, "frozen": frozen, "inference": inference}
-    return by_channel | {name: image.transpose(0, 2, 3, 1) for name, image in images.items()}
-
-
 @pytest.fixture(scope="module")
 def results(installed):
     """Lines of `operations` by their first word."""
-    lines = [line.split(" ", 1) for line in run(installed / "operations").stdout.splitlines()]
-    return {first: [rest for word, rest in lines if word == first] for first, _ in lines}
+    return cpp_operations.printed(run(installed / "operations").stdout.splitlines())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
 def test_cpp_operations_give_the_bits_of_python(results, norm, dtype):
     kind = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    expected = {"layer_norm": expected_layer_norm, "batch_norm": expected_batch_norm}[norm](kind)
-    got = dict(rest.split(" ")[1:] for rest in results[norm] if rest.startswith(f"{dtype} "))
-    assert got == {name: np.ascontiguousarray(array).tobytes().hex() for name, array in expected.items()}
+    assert cpp_operations.of_dtype(results[norm], dtype) == cpp_operations.expected(lanenorm, norm, kind)
 
 
 def test_cpp_runtime(results):

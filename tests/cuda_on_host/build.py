@@ -118,7 +118,7 @@ class Builder:
         while waiting:
             path = waiting.pop()
             found[path] = path.read_bytes()
-            for name in re.findall(rb'^#include "([^"]+)"', found[path], re.MULTILINE):
+            for name in re.findall(rb'^#include ["<]([^">]+)[">]', found[path], re.MULTILINE):
                 candidates = (folder / name.decode() for folder in (path.parent, *self.includes))
                 header = next((candidate for candidate in candidates if candidate.exists()), None)
                 if header is not None and header not in found:
