@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1) column_moments_streamed(cud
 
 // A warp a column.
 template <class T>
-__global__ void __launch_bounds__(128) column_statistics_streamed(cuda::ColumnForward a) {
+__global__ void __launch_bounds__(128, 1) column_statistics_streamed(cuda::ColumnForward a) {
   using C = Compute<T>;
   const std::int64_t warps = std::int64_t{gridDim.x} * (blockDim.x / 32), statistics = a.matrices * a.columns;
   for (std::int64_t i = std::int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32; i < statistics; i += warps) {

@@ -221,7 +221,7 @@ struct Slab {
 
 // The sums of every slab of every row, for rows of more slabs than a cluster has blocks. A block a slab.
 template <class T, int V>
-__global__ void __launch_bounds__(32 * cuda::kPieceWarps) row_sums_slab(cuda::RowBackward a) {
+__global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_sums_slab(cuda::RowBackward a) {
   using C = Compute<T>;
   SlabSums& shared = device::shared<SlabSums>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_moments_streame
 
 // A warp a row.
 template <class T>
-__global__ void __launch_bounds__(128) row_statistics_streamed(cuda::RowForward a) {
+__global__ void __launch_bounds__(128, 1) row_statistics_streamed(cuda::RowForward a) {
   using C = Compute<T>;
   const std::int64_t warps = std::int64_t{gridDim.x} * (blockDim.x / 32);
   for (std::int64_t row = std::int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32; row < a.rows; row += warps) {
