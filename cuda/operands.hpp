@@ -14,7 +14,9 @@
 namespace lanenorm::cuda {
 
 // Lines that must be packed are packed this many bytes at a time: their copy stays in the L2 of a large device (50 MB)
-// until the kernel reads it, and the workspace does not grow with the array. One row at least.
+// until the kernel reads it, and the workspace does not grow with the array. One unit at least: a row, a channel, or a
+// matrix of columns, which may be the whole array (batch norm, channels-last). Cutting such a matrix between columns
+// would leave every bit as it is but for LN's dweight and dbias, whose parts are strips of columns.
 inline constexpr std::int64_t kPackBytes = 32 << 20;
 
 inline char* workspace(const Context& context, std::int64_t bytes) {

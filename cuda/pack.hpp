@@ -1,5 +1,5 @@
 // Arrays that kernels cannot read or write where they lie: copied, in the order of the Plan, to dense workspace and
-// back.
+// back. How much at a time: for_batches in operands.hpp.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,6 @@ struct Nest {
 };
 
 // Lines [first, first + count) of `from` to the same lines of `to`; counts and extents of both are the same.
-
 void copy_lines(const Nest& to, const Nest& from, std::int64_t first, std::int64_t count, std::int64_t element_bytes,
                 const Context& context);
 
