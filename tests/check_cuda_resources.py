@@ -75,7 +75,7 @@ def faults(name, usage, instructions):
         found.append(f"has a stack frame of {usage.stack} bytes")
     if usage.local or any(i.startswith(("LDL", "STL")) for i in instructions):
         found.append("uses local memory")
-    if any(i.startswith(("ATOM", "RED.")) for i in instructions):
+    if any(i.startswith(("ATOM", "RED.", "REDG")) for i in instructions):
         found.append("uses atomics")
     if kernel(name).startswith(HOT):
         reads = {i for i in instructions if i.startswith(("LDG", "LDGSTS"))}
