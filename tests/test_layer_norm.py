@@ -113,6 +113,26 @@ def test_layer_norm_accuracy_over_many_slices(rng, dtype, maker, axis):
         check_layer_norm(x, normal(rng, x.shape, dtype), axis=axis, context=f"{maker.__name__} count={count}")
 
 
+@pytest.mark.parametrize("kind", ["steps", "vectors", "cycles", "outliers first", "ramp"])
+@pytest.mark.parametrize("count", [128, 200, 384, 768, 1000, 1024, 1040, 2048, 4096])
+def test_layer_norm_accuracy_of_few_repeated_values(rng, kind, count):
+    """Rounding errors of equal values go the same way in every lane; a pivot taken from some of them may be far off."""
+    rows, position = 256, np.arange(count)
+    values = rng.standard_normal((rows, count // 16 + 1))
+    if kind == "steps":  # four values, each a quarter of the row
+        x = np.take_along_axis(values, np.broadcast_to(position * 4 // count, (rows, count)), 1)
+    elif kind == "vectors":  # one value a vector
+        x = np.take_along_axis(values, np.broadcast_to(position // 16, (rows, count)), 1)
+    elif kind == "cycles":  # vectors of seven values in turn
+        x = np.take_along_axis(values, np.broadcast_to(position // 16 % 7, (rows, count)), 1)
+    elif kind == "outliers first":  # in one vector, of which a pivot is made
+        x = np.where(position < 16, values[:, :1], values[:, 1:2])
+    else:
+        x = values[:, :1] * position
+    x = x.astype(np.float32)
+    check_layer_norm(x, normal(rng, x.shape, x.dtype))
+
+
 @pytest.mark.parametrize("count", LONG_COUNTS)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda d: d.name)
 def test_layer_norm_accuracy_long_rows(rng, dtype, count):

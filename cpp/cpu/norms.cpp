@@ -19,9 +19,11 @@ bool usable_in_place(const Vector& v, DType stored, DType compute) {
 // A small array read in compute type and Plan order: where it lies, or from a copy.
 class InputVector {
  public:
-  InputVector(const Vector& v, DType stored, DType compute) {
+  // often: it is read many times, so vectors of it should not straddle cache lines
+  InputVector(const Vector& v, DType stored, DType compute, bool often = false) {
     if (v.data == nullptr) return;
-    if (usable_in_place(v, stored, compute)) {
+    const bool aligned = reinterpret_cast<std::uintptr_t>(v.data) % 64 == 0;
+    if (usable_in_place(v, stored, compute) && (aligned || !often)) {
       data_ = v.data;
       return;
     }
@@ -147,8 +149,9 @@ void update_running(const Args& a, const ExactStatistic* batch) {
 void norm_forward(const Args& args) {
   const FloatEnvironment environment;
   const DType compute = statistics_dtype(args.dtype);
-  const InputVector weight(args.weight, args.parameter_dtype, compute);
-  const InputVector bias(args.bias, args.parameter_dtype, compute);
+  const bool often = args.plan.affine == Affine::per_element && args.plan.outer >= 8;
+  const InputVector weight(args.weight, args.parameter_dtype, compute, often);
+  const InputVector bias(args.bias, args.parameter_dtype, compute, often);
   const OutputVector mean(args.mean, compute, args.plan.statistics);
   const OutputVector rstd(args.rstd, compute, args.plan.statistics);
   const bool running = args.running_mean.data != nullptr && args.plan.elements > 0;

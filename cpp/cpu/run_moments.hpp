@@ -37,6 +37,81 @@ struct Adjacent {
 
 // ---- moments of float32 data -------------------------------------------------------------------------------------
 
+// The pivot of a superblock of `vectors` >= 1 full vectors, from the first of them and the middle one.
+template <class T, class V>
+LANENORM_INLINE typename V::Scalar sampled_pivot(const char* x, std::int64_t vectors) {
+  using S = typename V::Scalar;
+  constexpr std::int64_t kVectorBytes = V::kLanes * static_cast<std::int64_t>(sizeof(T));
+  const S x0 = first_value<T, S>(x);
+  const V origin = V::broadcast(x0);
+  const V a = load<T, V>(x, Full{}) - origin, b = load<T, V>(x + vectors / 2 * kVectorBytes, Full{}) - origin;
+  constexpr S kInverse = S(1) / S(2 * V::kLanes);
+  return coarse_pivot(x0, (a + b).fold() * kInverse, (abs(a) + abs(b)).fold() * kInverse * kPivotGrain<S>);
+}
+
+// Sums of a superblock about its pivot.
+template <class T, class V>
+LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, V pivot) {
+  constexpr std::int64_t kLanes = V::kLanes, kVectorBytes = kLanes * static_cast<std::int64_t>(sizeof(T));
+  LaneSums<V> lanes{V::zero(), V::zero()}, odd{V::zero(), V::zero()};
+  const auto next = [&](auto n) LANENORM_LAMBDA_INLINE {
+    constexpr int N = decltype(n)::value;
+    V d[N];
+    LANENORM_UNROLL
+    for (int i = 0; i < N; ++i) d[i] = load<T, V>(x + i * kVectorBytes, Full{}) - pivot;
+    x += N * kVectorBytes;
+    return LaneSums<V>{tree<N>(d), sum_of_squares<N>(d)};
+  };
+  const auto add = [&](LaneSums<V>* to, const LaneSums<V>& part) LANENORM_LAMBDA_INLINE {
+    to->sum = to->sum + part.sum;
+    to->square = to->square + part.square;
+  };
+  std::int64_t blocks = length / (kBlock * kLanes);
+  for (; blocks >= 2; blocks -= 2) {
+    add(&lanes, next(Count<kBlock>{}));
+    add(&odd, next(Count<kBlock>{}));
+  }
+  if (blocks > 0) add(&lanes, next(Count<kBlock>{}));
+  if (length & 4 * kLanes) add(&odd, next(Count<4>{}));
+  if (length & 2 * kLanes) add(&odd, next(Count<2>{}));
+  if (length & kLanes) add(&odd, next(Count<1>{}));
+  if (length % kLanes != 0) {
+    const Part part{static_cast<int>(length % kLanes)};
+    const V d = keep_part(load<T, V>(x, part) - pivot, part);
+    odd.sum = odd.sum + d;
+    odd.square = fma(d, d, odd.square);
+  }
+  add(&lanes, odd);
+  return lanes;
+}
+
+// Full vectors of the first superblock of a run.
+template <class V>
+LANENORM_INLINE std::int64_t first_vectors(std::int64_t length) {
+  return length < kSuperblock * V::kLanes ? length / V::kLanes : kSuperblock;
+}
+
+// A run joins the sums about `pivot`. first: sampled_pivot(x) if the run has a full vector.
+template <class T, class V, class D>
+LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, typename V::Scalar first,
+                             PivotSums<D>* sums) {
+  constexpr std::int64_t kElements = kSuperblock * V::kLanes, kBytes = sizeof(T);
+  for (bool blocks = length >= kShortRun * V::kLanes; blocks && length >= V::kLanes;) {
+    const std::int64_t count = length < kElements ? length : kElements;
+    length -= count;
+    // The next pivot is a long chain of dependent operations: started here, it runs beside this superblock.
+    const typename V::Scalar own = first;
+    const std::int64_t next = first_vectors<V>(length);
+    if (next > 0) first = sampled_pivot<T, V>(x + count * kBytes, next);
+    const LaneSums<V> lanes = superblock_sums<T, V>(x, count, V::broadcast(own));
+    add_lanes<V>(lanes, static_cast<double>(count), static_cast<double>(own) - pivot, sums);
+    x += count * kBytes;
+  }
+  if (length > 0) add_in_double<T, V>(x, length, D::broadcast(pivot), sums);
+}
+
+// ---- moments of float64 data -------------------------------------------------------------------------------------
+
 template <class V, class X>
 LANENORM_INLINE Lanes<V> full_blocks(const X& x, V pivot, int blocks) {
   V mean;
@@ -47,35 +122,6 @@ LANENORM_INLINE Lanes<V> full_blocks(const X& x, V pivot, int blocks) {
   }
   return lanes;
 }
-
-template <class T, class V>
-LANENORM_INLINE typename V::Scalar full_pivot(const char* x) {
-  using S = typename V::Scalar;
-  return row_pivot<kBlock, V>(Adjacent<T, V, false>{x, 1}, Full{}, first_value<T, S>(x), S(1) / S(kBlock * V::kLanes));
-}
-
-// A run joins the sums about `pivot`. first: full_pivot(x) if the run has a full block.
-template <class T, class V, class D>
-LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, typename V::Scalar first,
-                             PivotSums<D>* sums) {
-  constexpr std::int64_t kBlockElements = kBlock * V::kLanes, kBytes = sizeof(T);
-  std::int64_t blocks = length / kBlockElements;
-  length -= blocks * kBlockElements;
-  while (blocks > 0) {
-    const int count = blocks < kBlock ? static_cast<int>(blocks) : kBlock;
-    blocks -= count;
-    const char* next = x + count * kBlockElements * kBytes;
-    // The next pivot is a long chain of dependent operations: started here, it runs beside this superblock.
-    const typename V::Scalar own = first;
-    if (blocks > 0) first = full_pivot<T, V>(next);
-    const Lanes<V> lanes = full_blocks<V>(Adjacent<T, V, false>{x, 1}, V::broadcast(own), count);
-    add_lanes<V>(lanes, kBlock * count, 1.0 / (kBlock * count), static_cast<double>(own) - pivot, sums);
-    x = next;
-  }
-  if (length > 0) add_in_double<T, V>(x, length, D::broadcast(pivot), sums);
-}
-
-// ---- moments of float64 data -------------------------------------------------------------------------------------
 
 // The shape of a superblock of adjacent elements: full blocks, then N vectors of which the last has `lanes` lanes.
 struct Extent {
@@ -175,18 +221,27 @@ template <class T, class V, class D, bool kWide>
     }
     return tree.total(count);
   } else {
-    const double pivot = first_value<T, double>(static_cast<const char*>(x[0]));
-    PivotSums<D> sums{D::zero(), D::zero()};
-    for (std::int64_t run = 0; run < runs; ++run) {
-      const char* p = static_cast<const char*>(x[run]);
-      if constexpr (kWide) {
-        add_in_double<T, V>(p, length, D::broadcast(pivot), &sums);
-      } else {
-        const auto first = length < kBlock * V::kLanes ? typename V::Scalar{} : full_pivot<T, V>(p);
-        add_run<T, V>(p, length, pivot, first, &sums);
-      }
-    }
     *count = static_cast<double>(runs * length);
+    if (!kWide && length >= kShortRun * V::kLanes) {
+      const auto pivot_of = [&](std::int64_t run) LANENORM_LAMBDA_INLINE {
+        return sampled_pivot<T, V>(static_cast<const char*>(x[run]), first_vectors<V>(length));
+      };
+      auto first = pivot_of(0);
+      const double pivot = static_cast<double>(first);
+      PivotSums<D> sums = no_sums<D>();
+      for (std::int64_t run = 0; run < runs; ++run) {
+        if (run > 0) first = pivot_of(run);
+        add_run<T, V>(static_cast<const char*>(x[run]), length, pivot, first, &sums);
+      }
+      const double sum = sums.sum.fold() + sums.moved, square = sums.square.fold() + sums.moved_square;
+      const Moments<double> m = moments_about(pivot, sum, square, *count, 0.0);
+      if (!(sums.spread.fold() > kSpread * m.m2)) return m;
+    }
+    const double pivot = first_value<T, double>(static_cast<const char*>(x[0]));
+    PivotSums<D> sums = no_sums<D>();
+    for (std::int64_t run = 0; run < runs; ++run) {
+      add_in_double<T, V>(static_cast<const char*>(x[run]), length, D::broadcast(pivot), &sums);
+    }
     return moments_about(pivot, sums.sum.fold(), sums.square.fold(), *count, 0.0);
   }
 }
