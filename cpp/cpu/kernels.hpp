@@ -106,6 +106,13 @@ struct RowBackward {
   bool stream;  // write dx past the caches, where rows start on cache lines
 };
 
+// Partial sums of dweight or dbias join their totals, in index order.
+struct PartialSums {
+  const void* partials;  // (chunks, pitch) C
+  std::int64_t chunks, pitch, count;
+  double* totals;  // (count)
+};
+
 // ---- columns: a line is a row of a matrix, or a piece of one -----------------------------------------------------
 
 // Moments of every column of `rows` lines, as four arrays (pivot, sum, low, m2) of padded(columns) doubles.
@@ -217,6 +224,7 @@ struct KernelTable {
   PieceSums (*row_sums)(const RowSums&);
   void (*row_gradient)(const RowGradient&);
   void (*row_backward)(const RowBackward&);
+  void (*add_partial_sums)(const PartialSums&);
   void (*column_moments)(const ColumnMoments&);
   void (*column_moments_wide)(const ColumnMoments&);
   void (*column_merge)(const ColumnMerge&);

@@ -16,14 +16,17 @@ bool usable_in_place(const Vector& v, DType stored, DType compute) {
   return stored == compute && adjacent(v.loop, size(stored)) && reinterpret_cast<std::uintptr_t>(v.data) % bytes == 0;
 }
 
+// weight and bias of so many rows are worth a copy that starts on a cache line: a vector that straddles two is read in
+// two cycles. 128 x 768, 16 bytes beside a line: 2.7 -> 2.4 ns a vector.
+bool read_often(const Plan& plan) { return plan.affine == Affine::per_element && plan.outer >= 8; }
+
 // A small array read in compute type and Plan order: where it lies, or from a copy.
 class InputVector {
  public:
-  // often: it is read many times, so vectors of it should not straddle cache lines
-  InputVector(const Vector& v, DType stored, DType compute, bool often = false) {
+  InputVector(const Vector& v, DType stored, DType compute, bool on_cache_line = false) {
     if (v.data == nullptr) return;
     const bool aligned = reinterpret_cast<std::uintptr_t>(v.data) % 64 == 0;
-    if (usable_in_place(v, stored, compute) && (aligned || !often)) {
+    if (usable_in_place(v, stored, compute) && (aligned || !on_cache_line)) {
       data_ = v.data;
       return;
     }
@@ -149,9 +152,8 @@ void update_running(const Args& a, const ExactStatistic* batch) {
 void norm_forward(const Args& args) {
   const FloatEnvironment environment;
   const DType compute = statistics_dtype(args.dtype);
-  const bool often = args.plan.affine == Affine::per_element && args.plan.outer >= 8;
-  const InputVector weight(args.weight, args.parameter_dtype, compute, often);
-  const InputVector bias(args.bias, args.parameter_dtype, compute, often);
+  const InputVector weight(args.weight, args.parameter_dtype, compute, read_often(args.plan));
+  const InputVector bias(args.bias, args.parameter_dtype, compute, read_often(args.plan));
   const OutputVector mean(args.mean, compute, args.plan.statistics);
   const OutputVector rstd(args.rstd, compute, args.plan.statistics);
   const bool running = args.running_mean.data != nullptr && args.plan.elements > 0;
@@ -173,7 +175,7 @@ void norm_forward(const Args& args) {
 void norm_backward(const Args& args) {
   const FloatEnvironment environment;
   const DType compute = statistics_dtype(args.dtype);
-  const InputVector weight(args.weight, args.parameter_dtype, compute);
+  const InputVector weight(args.weight, args.parameter_dtype, compute, read_often(args.plan));
   const InputVector mean(args.mean, compute, compute);
   const InputVector rstd(args.rstd, compute, compute);
   const auto summed_in_place = [&](const Vector& v) {

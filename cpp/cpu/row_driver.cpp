@@ -5,6 +5,7 @@
 //   segments     everything else: a statistic is a list of segments; by statistic where there are enough of them to
 //                keep the threads busy, else segment by segment in two phases. Same bits either way.
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/driver.hpp"
 
@@ -391,32 +392,31 @@ class RowDriver {
   }
   std::int64_t chunks() const { return ceil_div(plan_.outer, chunk_rows()); }
 
-  // f(chunk, dweight, dbias) in parallel pieces of `per_chunk`; partial sums are added to the totals.
-  template <class F>
+  // f(chunk, part, dweight, dbias) in parallel pieces of `per_chunk`; partial sums, S, are added to the totals. S is
+  // double, where one chunk goes to the totals themselves, or C.
+  template <class S, class F>
   void with_partials(std::int64_t per_chunk, std::int64_t bytes, F&& f) const {
-    const std::int64_t n = plan_.reduced;
+    const std::int64_t n = plan_.reduced, pitch = padded(n);
     const bool parameters = p_.dweight != nullptr;
-    const bool direct = chunks() == 1;
-    Buffer buffer(parameters && !direct ? chunks() * 2 * n * 8 : 64);
-    double* partials = buffer.as<double>();
+    const bool direct = std::is_same_v<S, double> && chunks() == 1;
+    Buffer buffer(parameters && !direct ? chunks() * 2 * pitch * static_cast<std::int64_t>(sizeof(S)) : 64);
+    S* partials[2] = {buffer.as<S>(), buffer.as<S>() + chunks() * pitch};
+    double* totals[2] = {p_.dweight, p_.dbias};
     parallel_for(chunks() * per_chunk, bytes, [&](std::int64_t piece) {
       const std::int64_t chunk = piece / per_chunk;
-      double* dweight = !parameters ? nullptr : direct ? p_.dweight : partials + chunk * n;
-      double* dbias = !parameters ? nullptr : direct ? p_.dbias : partials + (chunks() + chunk) * n;
-      f(chunk, piece % per_chunk, dweight, dbias);
+      S* sums[2] = {nullptr, nullptr};
+      for (int i = 0; parameters && i < 2; ++i) {
+        sums[i] = partials[i] + chunk * pitch;
+        if constexpr (std::is_same_v<S, double>) sums[i] = direct ? totals[i] : sums[i];
+      }
+      f(chunk, piece % per_chunk, sums[0], sums[1]);
     });
     if (!parameters || direct) return;
-    const std::int64_t tile = 1024;
-    parallel_for(ceil_div(n, tile), chunks() * 2 * n * 8, [&](std::int64_t piece) {
-      const std::int64_t first = piece * tile, count = smaller(tile, n - first);
-      for (std::int64_t chunk = 0; chunk < chunks(); ++chunk) {
-        const double* dweight = partials + chunk * n;
-        const double* dbias = partials + (chunks() + chunk) * n;
-        for (std::int64_t i = first; i < first + count; ++i) {
-          p_.dweight[i] += dweight[i];
-          p_.dbias[i] += dbias[i];
-        }
-      }
+    const KernelTable& summing = std::is_same_v<S, double> ? kernels(DType::float64) : p_.kernels;
+    const std::int64_t tile = 1024, tiles = ceil_div(n, tile);
+    parallel_for(2 * tiles, chunks() * 2 * n * static_cast<std::int64_t>(sizeof(S)), [&](std::int64_t piece) {
+      const std::int64_t i = piece / tiles, first = piece % tiles * tile;
+      summing.add_partial_sums({partials[i] + first, chunks(), pitch, smaller(tile, n - first), totals[i] + first});
     });
   }
 
@@ -433,17 +433,17 @@ class RowDriver {
     return {buffer.as<C>(), buffer.as<C>() + pitch};
   }
 
-  static void zero(double* values, std::int64_t count) {
-    if (values != nullptr) std::memset(values, 0, static_cast<std::size_t>(count) * sizeof(double));
+  template <class S>
+  static void zero(S* values, std::int64_t count) {
+    if (values != nullptr) std::memset(values, 0, static_cast<std::size_t>(count) * sizeof(S));
   }
 
   void backward_whole_rows() const {
-    with_partials(1, p_.bytes(3), [&](std::int64_t chunk, std::int64_t, double* dweight, double* dbias) {
+    const auto chunk_of_rows = [&](std::int64_t chunk, void* sum_dweight, void* sum_dbias, double* dweight,
+                                   double* dbias) {
       const std::int64_t first = chunk * chunk_rows(), rows = smaller(chunk_rows(), plan_.outer - first);
       InputLines x = x_lines(), dy = dy_lines();
       OutputLines dx = y_lines();
-      zero(dweight, plan_.reduced);
-      zero(dbias, plan_.reduced);
       const bool direct = plan_.x.direct && plan_.dy.direct && plan_.y.direct;
       const std::int64_t step = direct ? rows : kRowBlock;
       RowBackward a{};
@@ -451,9 +451,8 @@ class RowDriver {
       a.weight = p_.weight;
       a.dweight = dweight;
       a.dbias = dbias;
-      const Sums sums = zero_sums(plan_.inner);
-      a.sum_dweight = sums.dweight;
-      a.sum_dbias = sums.dbias;
+      a.sum_dweight = sum_dweight;
+      a.sum_dbias = sum_dbias;
       a.stream = stream_;
       for (std::int64_t i = 0; i < rows; i += step) {
         a.rows = smaller(step, rows - i);
@@ -467,7 +466,21 @@ class RowDriver {
         p_.kernels.row_backward(a);
         dx.finish();
       }
-    });
+    };
+    if (p_.dweight != nullptr && chunks() > 1 && chunk_rows() <= kFlushRows) {  // the sums of a chunk never leave C
+      with_partials<C>(1, p_.bytes(3), [&](std::int64_t chunk, std::int64_t, C* dweight, C* dbias) {
+        zero(dweight, plan_.reduced);
+        zero(dbias, plan_.reduced);
+        chunk_of_rows(chunk, dweight, dbias, nullptr, nullptr);
+      });
+    } else {
+      with_partials<double>(1, p_.bytes(3), [&](std::int64_t chunk, std::int64_t, double* dweight, double* dbias) {
+        zero(dweight, plan_.reduced);
+        zero(dbias, plan_.reduced);
+        const Sums sums = zero_sums(plan_.inner);
+        chunk_of_rows(chunk, sums.dweight, sums.dbias, dweight, dbias);
+      });
+    }
   }
 
   // Long or interrupted rows: sums of every segment, then gradients by chunk of rows and tile of columns.
@@ -529,7 +542,7 @@ class RowDriver {
     if (p_.sum_dweight != nullptr) {  // one chunk, whose sums are the result
       parallel_for(runs * tiles, p_.bytes(3), [&](std::int64_t part) { piece(0, part, nullptr, nullptr); });
     } else {
-      with_partials(runs * tiles, p_.bytes(3), piece);
+      with_partials<double>(runs * tiles, p_.bytes(3), piece);
     }
   }
 

@@ -412,9 +412,9 @@ inline constexpr std::int64_t kSumsAhead = 6144;
 
 // Sums over a line of g = dy * weight, g t and t, t = (x - mean) * rstd: lanes hold at most 64 vectors (trees of 8,
 // then what is left one by one) before they go to double.
-template <class T, class V, class D, bool kWeight>
+template <class T, class V, class D, bool kWeight, bool kFetch>
 LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
-                               V mean, V rstd, bool fetch, D* total) {
+                               V mean, V rstd, D* total) {
   using S = typename V::Scalar;
   constexpr std::int64_t kLanes = V::kLanes;
   constexpr std::int64_t kBytes = sizeof(T);
@@ -422,7 +422,7 @@ LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::
     const std::int64_t stop = length < start + kSuperblock * kLanes ? length : start + kSuperblock * kLanes;
     V sum_g = V::zero(), sum_gt = V::zero(), sum_t = V::zero();
     const auto one = [&](std::int64_t at, auto part, V* g, V* t) LANENORM_LAMBDA_INLINE {
-      if (fetch) {
+      if constexpr (kFetch) {
         __builtin_prefetch(x + at * kBytes + kSumsAhead, 0, 2);
         __builtin_prefetch(dy + at * kBytes + kSumsAhead, 0, 2);
       }
@@ -457,20 +457,31 @@ LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::
   }
 }
 
+// weight: null for none.
+template <class T, class V, class D>
+LANENORM_INLINE void line_sums(const void* x_, const void* dy_, const typename V::Scalar* weight, std::int64_t length,
+                               typename V::Scalar mean_, typename V::Scalar rstd_, bool fetch, D* total) {
+  const char *x = static_cast<const char*>(x_), *dy = static_cast<const char*>(dy_);
+  const V mean = V::broadcast(mean_), rstd = V::broadcast(rstd_);
+  if (weight != nullptr && fetch) {
+    line_sums<T, V, D, true, true>(x, dy, weight, length, mean, rstd, total);
+  } else if (weight != nullptr) {
+    line_sums<T, V, D, true, false>(x, dy, weight, length, mean, rstd, total);
+  } else if (fetch) {
+    line_sums<T, V, D, false, true>(x, dy, nullptr, length, mean, rstd, total);
+  } else {
+    line_sums<T, V, D, false, false>(x, dy, nullptr, length, mean, rstd, total);
+  }
+}
+
 template <class T, class V, class D>
 PieceSums row_sums(const RowSums& a) {
   using S = typename V::Scalar;
-  const V mean = V::broadcast(static_cast<S>(a.mean)), rstd = V::broadcast(static_cast<S>(a.rstd));
   const S* weight = static_cast<const S*>(a.weight);
   D total[3] = {D::zero(), D::zero(), D::zero()};
   for (std::int64_t run = 0; run < a.runs; ++run) {
-    const char* x = static_cast<const char*>(a.x[run]);
-    const char* dy = static_cast<const char*>(a.dy[run]);
-    if (weight != nullptr) {
-      line_sums<T, V, D, true>(x, dy, weight + run * a.length, a.length, mean, rstd, a.fetch, total);
-    } else {
-      line_sums<T, V, D, false>(x, dy, nullptr, a.length, mean, rstd, a.fetch, total);
-    }
+    line_sums<T, V>(a.x[run], a.dy[run], weight == nullptr ? nullptr : weight + run * a.length, a.length,
+                    static_cast<S>(a.mean), static_cast<S>(a.rstd), a.fetch, total);
   }
   return {total[0].fold(), total[1].fold(), total[2].fold()};
 }
@@ -490,17 +501,25 @@ struct Gradients {
         factor(V::broadcast(c.factor)) {}
 };
 
-// dx of kRowBlock rows, or of one; with kParameters the sums over the rows of dy * xhat and dy are added to
-// sum_dweight and sum_dbias.
-template <int N, class T, class V, bool kWeight, bool kParameters>
-LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, char* const* dx, std::int64_t length,
+// dx of N rows: kRowBlock or one; with kParameters the sums over the rows of dy * xhat and dy are added to sum_dweight
+// and sum_dbias. Pointers are copied to where no store can change them.
+template <int N, class T, class V, bool kWeight, bool kParameters, bool kStream>
+LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_, char* const* dx_, std::int64_t length,
                                    const typename V::Scalar* weight, const GradientConstants<typename V::Scalar>* c,
-                                   typename V::Scalar* sum_dweight, typename V::Scalar* sum_dbias, bool stream) {
+                                   typename V::Scalar* sum_dweight, typename V::Scalar* sum_dbias) {
   using S = typename V::Scalar;
   constexpr std::int64_t kBytes = sizeof(T);
   static_assert(N == 1 || N == 4);
   const Gradients<V> k[4] = {Gradients<V>(c[0]), Gradients<V>(c[N > 1 ? 1 : 0]), Gradients<V>(c[N > 1 ? 2 : 0]),
                              Gradients<V>(c[N > 1 ? 3 : 0])};
+  const char *x[N], *dy[N];
+  char* dx[N];
+  LANENORM_UNROLL
+  for (int r = 0; r < N; ++r) {
+    x[r] = x_[r];
+    dy[r] = dy_[r];
+    dx[r] = dx_[r];
+  }
   for_vectors<V>(length, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
     V w = V::broadcast(S(1));
     if constexpr (kWeight) w = load<S, V>(reinterpret_cast<const char*>(weight + i), part);
@@ -514,7 +533,7 @@ LANENORM_INLINE void gradient_rows(const char* const* x, const char* const* dy, 
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       write<T>(input_gradient(g[r], w, xhat[r], k[r].minus_mean_g, k[r].minus_mean_gx, k[r].factor), dx[r] + i * kBytes,
-               part, stream);
+               part, kStream);
     }
     if constexpr (kParameters) {
       char* pw = reinterpret_cast<char*>(sum_dweight + i);
@@ -542,8 +561,11 @@ template <class T, class V, class D>
   const auto block = [&](auto n, std::int64_t r) LANENORM_LAMBDA_INLINE {
     constexpr int N = decltype(n)::value;
     const auto rows_of = [&](auto weighted, auto with_parameters) LANENORM_LAMBDA_INLINE {
-      gradient_rows<N, T, V, decltype(weighted)::value != 0, decltype(with_parameters)::value != 0>(
-          x + r, dy + r, dx + r, a.length, w, constants + r, sum_dweight, sum_dbias, stream);
+      constexpr bool kWeight = decltype(weighted)::value != 0, kParameters = decltype(with_parameters)::value != 0;
+      stream ? gradient_rows<N, T, V, kWeight, kParameters, true>(x + r, dy + r, dx + r, a.length, w, constants + r,
+                                                                  sum_dweight, sum_dbias)
+             : gradient_rows<N, T, V, kWeight, kParameters, false>(x + r, dy + r, dx + r, a.length, w, constants + r,
+                                                                   sum_dweight, sum_dbias);
     };
     if (parameters && w != nullptr) {
       rows_of(Count<1>{}, Count<1>{});
@@ -614,14 +636,8 @@ LANENORM_INLINE void finish_gradients(const RowBackward& a, std::int64_t first, 
   for (int r = 0; r < 8; ++r) {
     D total[3] = {D::zero(), D::zero(), D::zero()};
     if (r < rows) {
-      const char* x = static_cast<const char*>(a.x[first + r]);
-      const char* dy = static_cast<const char*>(a.dy[first + r]);
-      const V m = V::broadcast(mean[r]), s = V::broadcast(rstd[r]);
-      if (weight != nullptr && !a.per_row) {
-        line_sums<T, V, D, true>(x, dy, weight, a.length, m, s, a.stream, total);
-      } else {
-        line_sums<T, V, D, false>(x, dy, nullptr, a.length, m, s, a.stream, total);
-      }
+      line_sums<T, V>(a.x[first + r], a.dy[first + r], a.per_row ? nullptr : weight, a.length, mean[r], rstd[r],
+                      a.stream, total);
     }
     g[r] = total[0];
     gt[r] = total[1];
@@ -678,6 +694,20 @@ void row_backward(const RowBackward& a) {
     }
   }
   if (a.stream) fence();
+}
+
+template <class S, class D>
+void add_partial_sums(const PartialSums& a) {
+  for_vectors<D>(a.count, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+    char* total = reinterpret_cast<char*>(a.totals + i);
+    D sum = load<double, D>(total, part);
+    const char* partial = reinterpret_cast<const char*>(static_cast<const S*>(a.partials) + i);
+    for (std::int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+      sum = sum + load<S, D>(partial, part);
+      partial += a.pitch * static_cast<std::int64_t>(sizeof(S));
+    }
+    store<double>(sum, total, part);
+  });
 }
 
 }  // namespace LANENORM_ISA

@@ -43,6 +43,7 @@ constexpr KernelTable make_table() {
   t.row_sums = &row_sums<T, V, D>;
   t.row_gradient = &row_gradient<T, V, D>;
   t.row_backward = &row_backward<T, V, D>;
+  t.add_partial_sums = &add_partial_sums<C, D>;
   t.column_moments = &column_moments<T, V, D, false>;
   t.column_moments_wide = &column_moments<T, V, D, true>;
   t.column_merge = &column_merge<D>;
