@@ -137,12 +137,14 @@ template <class T, class V, class A>
 LANENORM_INLINE void apply_two(const char* const* x, char* const* y, std::int64_t length,
                                const Normalizer<typename V::Scalar>& n0, const Normalizer<typename V::Scalar>& n1,
                                const A& affine, bool stream, const char* const* ahead) {
-  if (!stream) {
-    apply_side_by_side<T, V, false, false>(x, y, length, n0, n1, affine, ahead);
-  } else if (ahead == nullptr) {
-    apply_side_by_side<T, V, true, false>(x, y, length, n0, n1, affine, ahead);
-  } else {
+  if (stream && ahead != nullptr) {
     apply_side_by_side<T, V, true, true>(x, y, length, n0, n1, affine, ahead);
+  } else if (stream) {
+    apply_side_by_side<T, V, true, false>(x, y, length, n0, n1, affine, ahead);
+  } else if (ahead != nullptr) {  // y is staged
+    apply_side_by_side<T, V, false, true>(x, y, length, n0, n1, affine, ahead);
+  } else {
+    apply_side_by_side<T, V, false, false>(x, y, length, n0, n1, affine, ahead);
   }
 }
 
@@ -187,7 +189,7 @@ void row_apply(const RowApply& a) {
   using S = typename V::Scalar;
   const Normalizer<S>& normalizer = *static_cast<const Normalizer<S>*>(a.normalizer);
   const auto runs = [&](auto affine_of_run) LANENORM_LAMBDA_INLINE {
-    Stage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
+    ForwardStage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
     const std::int64_t group = stage.group();
     for (std::int64_t first = 0; first < a.runs; first += group) {
       const int rows = static_cast<int>(a.runs - first < group ? a.runs - first : group);
@@ -364,7 +366,7 @@ LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row)
   const std::int64_t fitting = kGroupBytes / (a.length * static_cast<std::int64_t>(sizeof(T)));
   const std::int64_t group = fitting < 1 ? 1 : fitting < 8 ? fitting : 8;
   const char* const* x = reinterpret_cast<const char* const*>(a.x);
-  Stage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
+  ForwardStage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
   for (std::int64_t first = 0; first < a.rows; first += group) {
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
     Normalizers<typename V::Scalar> normalizers;
@@ -597,7 +599,7 @@ void row_gradient(const RowGradient& a) {
     const Gradients<V> k(*constants);
     constexpr std::int64_t kBytes = sizeof(T);
     const V one = V::broadcast(S(1));
-    Stage<D> stage(a.stream, a.length * kBytes);
+    BackwardStage<D> stage(a.stream, a.length * kBytes);
     const std::int64_t group = stage.group();
     for (std::int64_t first = 0; first < a.rows; first += group) {
       const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
@@ -682,7 +684,7 @@ void row_backward(const RowBackward& a) {
     block.done = a.done;
     block.last = a.last;
   }
-  Stage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
+  BackwardStage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
   for (std::int64_t first = 0; first < a.rows; first += group) {
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
     finish_gradients<T, V, D>(a, first, rows, constants);
