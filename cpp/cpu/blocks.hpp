@@ -17,8 +17,8 @@
 //   float32 forgives less: what it lost of sum (x - q)^2 counts by how much that exceeds m2. Where by more than a
 // quarter (kSpread), because q lies half a standard deviation from the mean, the piece is swept again in double: 0.4 %
 // of rows of normal deviates, most rows that rise steadily. So few values repeated many times, whose roundings all go
-// the same way, cost 3.3 u at worst. (With exact two-passes of blocks of 8 vectors, merged by Chan's formula: 4.6 u, and
-// a forward of 768 10.5 cycles a vector instead of 7.6; without the second sweep 7.5 u where a row is a step.)
+// the same way, cost 3.3 u at worst. (With exact two-passes of blocks of 8 vectors, merged by Chan's formula: 4.6 u,
+// and a forward of 768 10.5 cycles a vector instead of 7.6; without the second sweep 7.5 u where a row is a step.)
 //   Runs of less than 8 vectors (kShortRun), and a rest of less than one, are swept in double at once: 64 elements
 // 17 cycles a vector, as above 21.
 //

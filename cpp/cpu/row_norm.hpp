@@ -123,8 +123,8 @@ LANENORM_INLINE void apply_side_by_side(const char* const* x, char* const* y, st
       __builtin_prefetch(ahead0 + i * kBytes, 0, 2);
       __builtin_prefetch(ahead1 + i * kBytes, 0, 2);
     }
-    // Both are loaded before one is stored: rows often lie a multiple of 4 KB apart, and a load waits for a store before
-    // it whose address has the same last 12 bits.
+    // Both are loaded before one is stored: rows often lie a multiple of 4 KB apart, and a load waits for a store
+    // before it whose address has the same last 12 bits.
     const V v0 = load<T, V>(x0 + i * kBytes, part), v1 = load<T, V>(x1 + i * kBytes, part);
     const auto at = affine.at(i, part);
     write<T>(at(normalize(v0, mean0, rstd0, low0, shift0)), y0 + i * kBytes, part, kStream);
