@@ -127,8 +127,9 @@ __device__ __forceinline__ void column_deviations(const Columns<T, N> (&data)[kB
   }
 }
 
-// N adjacent columns over the `rows` rows of a stretch. load(row, count, data) gives `count` <= 8 rows from `row` on.
-template <class T, class A, bool kScaled, int N, class Load>
+// The columns [kBegin, kEnd) of N adjacent ones over the `rows` rows of a stretch. load(row, count, data) gives `count`
+// <= 8 rows from `row` on.
+template <class T, class A, bool kScaled, int N, int kBegin, int kEnd, class Load>
 __device__ __forceinline__ void moments_down(int rows, double scale, Load&& load, ColumnMoments<A>* m) {
   for (int row = 0; row < rows; row += kBlockRows) {
     const int count = rows - row < kBlockRows ? rows - row : kBlockRows;
@@ -138,7 +139,7 @@ __device__ __forceinline__ void moments_down(int rows, double scale, Load&& load
     const A before = static_cast<A>(row), weight = static_cast<A>(count) * before / (static_cast<A>(count) + before);
     const A inverse_before = row == 0 ? A(0) : A(1) / before;
 #pragma unroll
-    for (int e = 0; e < N; ++e) {
+    for (int e = kBegin; e < kEnd; ++e) {
       A d[kBlockRows];
       if (row == 0) {
         A first[kBlockRows], absolute[kBlockRows];
@@ -169,7 +170,7 @@ __device__ __forceinline__ void stretch_moments(const cuda::ColumnForward& a, in
   using C = Compute<T>;
   if (rows <= 0 || left <= 0) return;
   ColumnMoments<C> m[N];
-  moments_down<T, C, kScaled, N>(rows, scale, load, m);
+  moments_down<T, C, kScaled, N, 0, N>(rows, scale, load, m);
   bool redo[N], any = false;
 #pragma unroll
   for (int e = 0; e < N; ++e) {
@@ -178,11 +179,17 @@ __device__ __forceinline__ void stretch_moments(const cuda::ColumnForward& a, in
     put(e, static_cast<double>(m[e].pivot), static_cast<double>(m[e].sum), static_cast<double>(m[e].m2));
   }
   if constexpr (sizeof(C) == 4) {
-    if (any) {
+    if (any) {  // half of the columns at a time: all 8 of 16-bit data need more registers than there are (12.0)
+      constexpr int kHalf = (N + 1) / 2;
       ColumnMoments<double> wide[N];
-      moments_down<T, double, false, N>(rows, 1.0, load, wide);
+      moments_down<T, double, false, N, 0, kHalf>(rows, 1.0, load, wide);
 #pragma unroll
-      for (int e = 0; e < N; ++e) {
+      for (int e = 0; e < kHalf; ++e) {
+        if (redo[e]) put(e, wide[e].pivot, wide[e].sum, wide[e].m2);
+      }
+      if constexpr (N > 1) moments_down<T, double, false, N, kHalf, N>(rows, 1.0, load, wide);
+#pragma unroll
+      for (int e = kHalf; e < N; ++e) {
         if (redo[e]) put(e, wide[e].pivot, wide[e].sum, wide[e].m2);
       }
     }
