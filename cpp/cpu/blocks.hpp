@@ -28,7 +28,7 @@
 // of a run may have fewer vectors, its last vector fewer lanes; lanes are folded by halving, superblocks merged as a
 // binary tree (core/moments.hpp).
 //
-// Cost per 8 vectors: 8 loads; float32 17 additions, 8 multiplications or fma; float64 24 and 8, 6 to merge.
+// Cost per 8 vectors: 8 loads; float32 18 additions, 8 multiplications or fma; float64 24 and 8, 6 to merge.
 #pragma once
 
 #include <cstdint>
