@@ -1,8 +1,13 @@
 // One job at a time, owned by the thread that called. The owner writes the job into the pool and opens the *gate*: a
-// 32-bit word holding the job's number and a count of tickets. A worker enters by taking a ticket, takes pieces from an
-// atomic counter, and leaves. The owner works too; when no pieces are left it closes the gate, and waits only for the
-// workers that entered. One that wakes late finds no ticket and goes back to sleep: on a busy machine nobody waits
-// for a thread that has not been given a CPU.
+// 32-bit word holding the job's number and a count of tickets. A worker enters by taking a ticket, takes pieces, and
+// leaves. The owner works too; when no pieces are left it closes the gate, and waits only for the workers that entered.
+// One that wakes late finds no ticket and goes back to sleep: on a busy machine nobody waits for a thread that has not
+// been given a CPU.
+//
+// The pieces are divided into a stretch for each thread, the same one in every job of as many pieces, since arrays are
+// used again and lie in the caches of the processor that used them last. A thread that has finished its stretch helps
+// the others with theirs. BN forward of 3.2 MB again and again on two threads: 1.5 times as fast as with one counter
+// where the processors share an L3, 2.9 times where each has its own.
 //
 // All of it is a handful of atomic words and futexes, no mutex: a fork() at any moment can leave nothing locked.
 //
@@ -22,6 +27,7 @@
 #include <csignal>
 #include <ctime>
 #include <exception>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -176,13 +182,19 @@ class Pool {
 
  private:
   class Turn;
+  // Pieces [next, stop).
+  struct alignas(128) Stretch {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t stop = 0;
+  };
   static std::uint32_t number(std::uint32_t gate) { return gate >> kTicketBits; }
   void start_workers(int count);
   void stop();
-  void worker(std::uint32_t seen);
+  void worker(int index, std::uint32_t seen);
   std::uint32_t next_job(std::uint32_t seen);
-  bool take_pieces();
-  void drop_pieces() { next_.store(pieces_, std::memory_order_relaxed); }
+  void divide(std::int64_t pieces, int stretches);
+  bool take_pieces(int index);
+  void drop_pieces();
   void fail(std::exception_ptr error);
   bool worth_waking(std::int64_t bytes) const;
   void open(int tickets, bool wake);
@@ -202,11 +214,11 @@ class Pool {
 
   alignas(128) PieceFunction function_ = nullptr;  // the job: written by the owner while the gate is closed
   void* context_ = nullptr;
-  std::int64_t pieces_ = 0;
+  std::unique_ptr<Stretch[]> stretches_{new Stretch[1]};  // for every thread; a job uses the first stretch_count_
+  int stretch_count_ = 0;
   std::exception_ptr error_;  // by the thread that set failed_
 
-  alignas(128) std::atomic<std::int64_t> next_{0};
-  std::atomic<bool> failed_{false};
+  alignas(128) std::atomic<bool> failed_{false};
 
   alignas(128) Word inside_{0};  // workers that entered, added by close(), less those that left; else below 0 or 0
   std::atomic<bool> owner_sleeping_{false};
@@ -247,8 +259,10 @@ void Pool::start_workers(int count) {
   try {
     const std::uint32_t seen = number(gate_.load(std::memory_order_relaxed));
     workers_.reserve(static_cast<std::size_t>(count));
+    stretches_.reset(new Stretch[static_cast<std::size_t>(count) + 1]);
     while (static_cast<int>(workers_.size()) < count) {
-      workers_.emplace_back([this, seen] { worker(seen); });
+      const int index = static_cast<int>(workers_.size()) + 1;
+      workers_.emplace_back([this, index, seen] { worker(index, seen); });
       pthread_setname_np(workers_.back().native_handle(), "lanenorm");
     }
   } catch (const std::exception&) {
@@ -259,8 +273,8 @@ void Pool::start_workers(int count) {
 
 // ---- A worker -------------------------------------------------------------------------------------------------------
 
-// seen: the number of the last job that is none of its business.
-void Pool::worker(std::uint32_t seen) {
+// index: 1, 2, ...; the owner's is 0. seen: the number of the last job that is none of its business.
+void Pool::worker(int index, std::uint32_t seen) {
   this_thread.worker = true;
   this_thread.depth = 1;  // whatever runs here runs inside of a parallel_for
   const FloatEnvironment environment;
@@ -272,7 +286,7 @@ void Pool::worker(std::uint32_t seen) {
       // Taking the ticket makes the job's description visible (release by open, acquire here).
       if (!gate_.compare_exchange_weak(gate, gate - 1, std::memory_order_acq_rel)) continue;
       try {
-        take_pieces();
+        take_pieces(index);
       } catch (...) {
         fail(std::current_exception());
       }
@@ -300,14 +314,23 @@ std::uint32_t Pool::next_job(std::uint32_t seen) {
   return gate;
 }
 
-// Runs pieces until there are none. True: the hook (asked on the owner's thread only) said stop.
-bool Pool::take_pieces() {
-  for (;;) {
-    const std::int64_t piece = next_.fetch_add(1, std::memory_order_relaxed);
-    if (piece >= pieces_) return false;
-    function_(context_, piece);
-    if (stop_requested()) return true;
+// Runs pieces until there are none, those of its own stretch first. True: the hook (asked on the owner's thread only)
+// said stop.
+bool Pool::take_pieces(int index) {
+  for (int i = 0; i < stretch_count_; ++i) {
+    Stretch& stretch = stretches_[(index + i) % stretch_count_];
+    for (;;) {
+      const std::int64_t piece = stretch.next.fetch_add(1, std::memory_order_relaxed);
+      if (piece >= stretch.stop) break;
+      function_(context_, piece);
+      if (stop_requested()) return true;
+    }
   }
+  return false;
+}
+
+void Pool::drop_pieces() {
+  for (int i = 0; i < stretch_count_; ++i) stretches_[i].next.store(stretches_[i].stop, std::memory_order_relaxed);
 }
 
 void Pool::fail(std::exception_ptr error) {
@@ -383,20 +406,32 @@ class Pool::Turn {
   bool closed_ = false;
 };
 
+// While the gate is closed. The first stretches are the longer ones.
+void Pool::divide(std::int64_t pieces, int stretches) {
+  const std::int64_t each = pieces / stretches, longer = pieces % stretches;
+  std::int64_t first = 0;
+  for (int i = 0; i < stretches; ++i) {
+    stretches_[i].next.store(first, std::memory_order_relaxed);
+    first += each + (i < longer ? 1 : 0);
+    stretches_[i].stop = first;
+  }
+  stretch_count_ = stretches;
+}
+
 void Pool::run(std::int64_t pieces, std::int64_t bytes, PieceFunction function, void* context, int threads) {
   const bool wake = worth_waking(bytes);
   if (wake) start_workers(threads - 1);
   function_ = function;
   context_ = context;
-  pieces_ = pieces;
-  next_.store(0, std::memory_order_relaxed);
+  const int tickets = std::min(threads - 1, static_cast<int>(workers_.size()));
+  divide(pieces, tickets + 1);
   failed_.store(false, std::memory_order_relaxed);
   bool stop = false;
   std::exception_ptr error;
   {
-    Turn turn(*this, std::min(threads - 1, static_cast<int>(workers_.size())), wake);
+    Turn turn(*this, tickets, wake);
     try {
-      stop = take_pieces();
+      stop = take_pieces(0);
     } catch (...) {
       std::exception_ptr thrown = std::current_exception();
       if (!thrown) throw;  // not C++: pthread_exit in the hook, and the process ends if that is kept from unwinding

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -112,6 +113,37 @@ void test_parallel_wakes_parked_threads() {
       CHECK(threads_take_part(threads));
     }
   }
+}
+
+// A thread begins with the same stretch of pieces in every job, so that its cache holds what it left there.
+void test_parallel_threads_keep_their_stretches() {
+  constexpr int kThreads = 4;
+  constexpr std::int64_t kPieces = 4 * 25 + 2;
+  set_num_threads(kThreads);
+  std::set<std::pair<std::thread::id, std::int64_t>> begun;  // by all jobs together
+  for (int job = 0; job < 20; ++job) {
+    std::mutex mutex;
+    std::set<std::thread::id> here;
+    const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    parallel_for(kPieces, kLarge, [&](std::int64_t piece) {
+      std::unique_lock<std::mutex> lock(mutex);
+      if (!here.insert(std::this_thread::get_id()).second) return;
+      begun.insert({std::this_thread::get_id(), piece});
+      while (here.size() < kThreads && std::chrono::steady_clock::now() < limit) {  // else one does all the pieces
+        lock.unlock();
+        std::this_thread::yield();
+        lock.lock();
+      }
+    });
+    CHECK_EQ(here.size(), static_cast<std::size_t>(kThreads));
+  }
+  CHECK_EQ(begun.size(), static_cast<std::size_t>(kThreads));
+  std::set<std::int64_t> pieces;
+  for (const auto& [thread, piece] : begun) {
+    pieces.insert(piece);
+    if (thread == std::this_thread::get_id()) CHECK_EQ(piece, 0);
+  }
+  CHECK(pieces == (std::set<std::int64_t>{0, 26, 52, 77}));
 }
 
 void test_parallel_small_job_stays_on_caller_in_order() {
@@ -442,6 +474,7 @@ int main(int count, char** arguments) {
   alarm(300);  // a hang fails
   static const UsedAtExit used_at_exit;
   if (count > 1 && std::strcmp(arguments[1], kExitArgument) == 0) exit_while_another_thread_is_in_a_job();
+  test_parallel_threads_keep_their_stretches();  // first: of more workers than are asked for, any may come
   test_parallel_runs_three_pieces();
   test_parallel_runs_every_piece_once();
   test_parallel_wakes_parked_threads();
