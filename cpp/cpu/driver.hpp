@@ -20,8 +20,11 @@ struct ExactStatistic {
 };
 static_assert(sizeof(ExactStatistic) == 3 * sizeof(double));
 
+enum class Operation { forward, inference, backward };
+
 // One operation with its small arrays in compute type C and in the order of the Plan.
 struct Problem {
+  Operation operation;
   const Args& args;
   const Plan& plan;
   const KernelTable& kernels;
@@ -43,11 +46,20 @@ struct Problem {
 // a row, the second reading what the first wrote, rows of 768 on one core of a Zen 4 with 32 MB of L3, in copies
 // (memcpy): 3.1 MB 2.0 with ordinary and 2.7 with streaming stores, 6.3 MB 2.5 and 2.1, 12.6 MB 2.3 and 1.5, 50 MB 1.8
 // and 1.1.
-inline constexpr std::int64_t kStreamBytes = std::int64_t{6} << 20;
+//
+// With one array less to keep an inference gains from the caches longer, and so do several threads, whose streaming
+// stores share a link to memory on some machines: on two cores of one L3 they streamed no more than one (9.4 MB of
+// inference 343 us, 162 in cache; forward of 6.2 MB 232 and 146), on two with an L3 each twice as much (200 us, 145;
+// 150 and 168).
+constexpr std::int64_t stream_bytes(Operation operation, bool several_threads) {
+  constexpr std::int64_t kMega = std::int64_t{1} << 20;
+  if (operation == Operation::inference) return (several_threads ? 14 : 8) * kMega;
+  return (operation == Operation::forward && several_threads ? 8 : 6) * kMega;
+}
 
 inline bool Problem::stream() const {
   const auto address = reinterpret_cast<std::uintptr_t>(args.y);
-  return bytes(1) >= kStreamBytes && plan.y.direct && args.y != args.x && args.y != args.dy &&
+  return bytes(1) >= stream_bytes(operation, get_num_threads() > 1) && plan.y.direct && args.y != args.x && args.y != args.dy &&
          address % static_cast<std::uintptr_t>(size(args.dtype)) == 0;
 }
 

@@ -159,10 +159,19 @@ void norm_forward(const Args& args) {
   const bool running = args.running_mean.data != nullptr && args.plan.elements > 0;
   const Buffer buffer(running ? args.plan.statistics * static_cast<std::int64_t>(sizeof(ExactStatistic)) : 0);
   ExactStatistic* exact = running ? buffer.as<ExactStatistic>() : nullptr;
-  const Problem problem{args,          args.plan,   kernels(args.dtype),
-                        weight.data(), bias.data(), mean.data(),
-                        rstd.data(),   exact,       nullptr,
-                        nullptr,       nullptr,     nullptr};
+  const Problem problem{Operation::forward,
+                        args,
+                        args.plan,
+                        kernels(args.dtype),
+                        weight.data(),
+                        bias.data(),
+                        mean.data(),
+                        rstd.data(),
+                        exact,
+                        nullptr,
+                        nullptr,
+                        nullptr,
+                        nullptr};
   with_compute(args.dtype, [&](auto c) {
     using C = decltype(c);
     forward<C>(problem);
@@ -185,7 +194,8 @@ void norm_backward(const Args& args) {
                         args.plan.outer <= kChunkRows && summed_in_place(args.dweight) && summed_in_place(args.dbias);
   const ParameterGradient dweight(args.dweight, args.parameter_dtype, in_place);
   const ParameterGradient dbias(args.dbias, args.parameter_dtype, in_place);
-  const Problem problem{args,
+  const Problem problem{Operation::backward,
+                        args,
                         args.plan,
                         kernels(args.dtype),
                         weight.data(),
@@ -239,7 +249,8 @@ void batch_norm_inference(const Args& args) {
       }
     }
     if (bias.data() == nullptr) std::fill_n(zeros, channels, -C(0));
-    const Problem problem{args,
+    const Problem problem{Operation::inference,
+                          args,
                           args.plan,
                           kernels(args.dtype),
                           all ? nullptr : weights,
