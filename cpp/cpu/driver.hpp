@@ -59,8 +59,8 @@ constexpr std::int64_t stream_bytes(Operation operation, bool several_threads) {
 
 inline bool Problem::stream() const {
   const auto address = reinterpret_cast<std::uintptr_t>(args.y);
-  return bytes(1) >= stream_bytes(operation, get_num_threads() > 1) && plan.y.direct && args.y != args.x && args.y != args.dy &&
-         address % static_cast<std::uintptr_t>(size(args.dtype)) == 0;
+  return bytes(1) >= stream_bytes(operation, get_num_threads() > 1) && plan.y.direct && args.y != args.x &&
+         args.y != args.dy && address % static_cast<std::uintptr_t>(size(args.dtype)) == 0;
 }
 
 // C is float or double.

@@ -366,7 +366,7 @@ LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row)
   const std::int64_t fitting = kGroupBytes / (a.length * static_cast<std::int64_t>(sizeof(T)));
   const std::int64_t group = fitting < 1 ? 1 : fitting < 8 ? fitting : 8;
   const char* const* x = reinterpret_cast<const char* const*>(a.x);
-  ForwardStage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
+  ForwardStage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)), a.y[0]);
   for (std::int64_t first = 0; first < a.rows; first += group) {
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
     Normalizers<typename V::Scalar> normalizers;
@@ -407,14 +407,18 @@ void row_forward(const RowForward& a) {
 
 // ---- backward: sums ----------------------------------------------------------------------------------------------
 
-// How far ahead x and dy are fetched where dx is streamed. Writing dx interrupts both streams, and the processor takes
-// a while to follow them again: 25088 x 192 1.65 -> 1.15 times 1.5 copies, 4096 x 4096 1.25 -> 1.15; 4 to 12 KB are
-// alike. (Fetched while dx is written they come no sooner: 65536 x 64 9.7 -> 11.1 ns a vector.)
-inline constexpr std::int64_t kSumsAhead = 6144;
+// What is fetched where dx is streamed. Writing dx interrupts both streams, and the processor takes a while to follow
+// them again: 25088 x 192 1.65 -> 1.15 times 1.5 copies, 4096 x 4096 1.25 -> 1.15; 4 to 12 KB ahead are alike. Of rows
+// of 512 bytes to 3 KB only x is fetched by the sums, and dy while dx is written, so that memory is never idle:
+// 25088 x 192 7.3 -> 6.1 ns a vector, 4096 x 768 6.2 -> 5.4; others lose by it, 8192 x 1600 8.5 -> 8.9, rows that are
+// staged (4096 x 1000) 8.9 -> 9.6.
+enum class Fetch { none, x, both };
+inline constexpr std::int64_t kAhead = 6144;
+inline constexpr std::int64_t kFarAhead = 12288;  // beyond the rows that are being written
 
 // Sums over a line of g = dy * weight, g t and t, t = (x - mean) * rstd: lanes hold at most 64 vectors (trees of 8,
 // then what is left one by one) before they go to double.
-template <class T, class V, class D, bool kWeight, bool kFetch>
+template <class T, class V, class D, bool kWeight, Fetch kFetch>
 LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
                                V mean, V rstd, D* total) {
   using S = typename V::Scalar;
@@ -424,9 +428,10 @@ LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::
     const std::int64_t stop = length < start + kSuperblock * kLanes ? length : start + kSuperblock * kLanes;
     V sum_g = V::zero(), sum_gt = V::zero(), sum_t = V::zero();
     const auto one = [&](std::int64_t at, auto part, V* g, V* t) LANENORM_LAMBDA_INLINE {
-      if constexpr (kFetch) {
-        __builtin_prefetch(x + at * kBytes + kSumsAhead, 0, 2);
-        __builtin_prefetch(dy + at * kBytes + kSumsAhead, 0, 2);
+      if constexpr (kFetch == Fetch::x) __builtin_prefetch(x + at * kBytes + kFarAhead, 0, 2);
+      if constexpr (kFetch == Fetch::both) {
+        __builtin_prefetch(x + at * kBytes + kAhead, 0, 2);
+        __builtin_prefetch(dy + at * kBytes + kAhead, 0, 2);
       }
       *g = load<T, V>(dy + at * kBytes, part);
       if constexpr (kWeight) *g = *g * load<S, V>(reinterpret_cast<const char*>(weight + at), part);
@@ -459,31 +464,28 @@ LANENORM_INLINE void line_sums(const char* x, const char* dy, const typename V::
   }
 }
 
-// weight: null for none.
-template <class T, class V, class D>
-LANENORM_INLINE void line_sums(const void* x_, const void* dy_, const typename V::Scalar* weight, std::int64_t length,
-                               typename V::Scalar mean_, typename V::Scalar rstd_, bool fetch, D* total) {
-  const char *x = static_cast<const char*>(x_), *dy = static_cast<const char*>(dy_);
-  const V mean = V::broadcast(mean_), rstd = V::broadcast(rstd_);
-  if (weight != nullptr && fetch) {
-    line_sums<T, V, D, true, true>(x, dy, weight, length, mean, rstd, total);
-  } else if (weight != nullptr) {
-    line_sums<T, V, D, true, false>(x, dy, weight, length, mean, rstd, total);
-  } else if (fetch) {
-    line_sums<T, V, D, false, true>(x, dy, nullptr, length, mean, rstd, total);
-  } else {
-    line_sums<T, V, D, false, false>(x, dy, nullptr, length, mean, rstd, total);
+template <class T, class V, class D, bool kWeight, Fetch kFetch>
+LANENORM_INLINE void sums_of_runs(const RowSums& a, D* total) {
+  using S = typename V::Scalar;
+  const S* weight = static_cast<const S*>(a.weight);
+  const V mean = V::broadcast(static_cast<S>(a.mean)), rstd = V::broadcast(static_cast<S>(a.rstd));
+  for (std::int64_t run = 0; run < a.runs; ++run) {
+    line_sums<T, V, D, kWeight, kFetch>(static_cast<const char*>(a.x[run]), static_cast<const char*>(a.dy[run]),
+                                        kWeight ? weight + run * a.length : nullptr, a.length, mean, rstd, total);
   }
 }
 
 template <class T, class V, class D>
 PieceSums row_sums(const RowSums& a) {
-  using S = typename V::Scalar;
-  const S* weight = static_cast<const S*>(a.weight);
   D total[3] = {D::zero(), D::zero(), D::zero()};
-  for (std::int64_t run = 0; run < a.runs; ++run) {
-    line_sums<T, V>(a.x[run], a.dy[run], weight == nullptr ? nullptr : weight + run * a.length, a.length,
-                    static_cast<S>(a.mean), static_cast<S>(a.rstd), a.fetch, total);
+  if (a.weight != nullptr && a.fetch) {
+    sums_of_runs<T, V, D, true, Fetch::both>(a, total);
+  } else if (a.weight != nullptr) {
+    sums_of_runs<T, V, D, true, Fetch::none>(a, total);
+  } else if (a.fetch) {
+    sums_of_runs<T, V, D, false, Fetch::both>(a, total);
+  } else {
+    sums_of_runs<T, V, D, false, Fetch::none>(a, total);
   }
   return {total[0].fold(), total[1].fold(), total[2].fold()};
 }
@@ -503,39 +505,49 @@ struct Gradients {
         factor(V::broadcast(c.factor)) {}
 };
 
-// dx of N rows: kRowBlock or one; with kParameters the sums over the rows of dy * xhat and dy are added to sum_dweight
-// and sum_dbias. Pointers are copied to where no store can change them.
-template <int N, class T, class V, bool kWeight, bool kParameters, bool kStream>
-LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_, char* const* dx_, std::int64_t length,
-                                   const typename V::Scalar* weight, const GradientConstants<typename V::Scalar>* c,
-                                   typename V::Scalar* sum_dweight, typename V::Scalar* sum_dbias) {
+// Whether dx stays in cache or goes past it, and whether dy is fetched meanwhile.
+enum class Writing { cached, streamed, streamed_and_fetched };
+
+// Elements begin..end of dx of N rows: kRowBlock or one; with kParameters the sums over the rows of dy * xhat and dy
+// are added to sum_dweight and sum_dbias. Pointers are copied to where no store can change them.
+template <int N, class T, class V, bool kWeight, bool kParameters, Writing kWriting>
+LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_, char* const* dx_, std::int64_t begin,
+                                   std::int64_t end, const typename V::Scalar* weight,
+                                   const GradientConstants<typename V::Scalar>* c, typename V::Scalar* sum_dweight,
+                                   typename V::Scalar* sum_dbias) {
   using S = typename V::Scalar;
   constexpr std::int64_t kBytes = sizeof(T);
   static_assert(N == 1 || N == 4);
+  if constexpr (kWeight) weight += begin;
+  if constexpr (kParameters) {
+    sum_dweight += begin;
+    sum_dbias += begin;
+  }
   const Gradients<V> k[4] = {Gradients<V>(c[0]), Gradients<V>(c[N > 1 ? 1 : 0]), Gradients<V>(c[N > 1 ? 2 : 0]),
                              Gradients<V>(c[N > 1 ? 3 : 0])};
   const char *x[N], *dy[N];
   char* dx[N];
   LANENORM_UNROLL
   for (int r = 0; r < N; ++r) {
-    x[r] = x_[r];
-    dy[r] = dy_[r];
-    dx[r] = dx_[r];
+    x[r] = x_[r] + begin * kBytes;
+    dy[r] = dy_[r] + begin * kBytes;
+    dx[r] = dx_[r] + begin * kBytes;
   }
-  for_vectors<V>(length, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+  for_vectors<V>(end - begin, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
     V w = V::broadcast(S(1));
     if constexpr (kWeight) w = load<S, V>(reinterpret_cast<const char*>(weight + i), part);
     V g[N], xhat[N];
     // All loads before the stores: rows a multiple of 4 KB apart would make each load wait for the store before it.
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
+      if constexpr (kWriting == Writing::streamed_and_fetched) __builtin_prefetch(dy[r] + i * kBytes + kFarAhead, 0, 2);
       g[r] = load<T, V>(dy[r] + i * kBytes, part);
       xhat[r] = normalize(load<T, V>(x[r] + i * kBytes, part), k[r].mean, k[r].rstd, k[r].shift);
     }
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       write<T>(input_gradient(g[r], w, xhat[r], k[r].minus_mean_g, k[r].minus_mean_gx, k[r].factor), dx[r] + i * kBytes,
-               part, kStream);
+               part, kWriting != Writing::cached);
     }
     if constexpr (kParameters) {
       char* pw = reinterpret_cast<char*>(sum_dweight + i);
@@ -546,48 +558,75 @@ LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_
   });
 }
 
-// At most kRowBlock rows, constants[r] for row r, dx to dx[r]; streamed where all of them start on cache lines. At the
-// end of a chunk, and every kFlushRows rows, the float32 sums go to the totals.
-template <class T, class V, class D>
+// Elements up to the first cache line of every row, where that is one number; else -1.
+template <class T>
+LANENORM_INLINE std::int64_t common_head(char* const* rows, std::int64_t count, std::int64_t length) {
+  constexpr std::int64_t kBytes = sizeof(T);
+  const auto place = [&](std::int64_t r) {
+    return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(rows[r])) % 64;
+  };
+  for (std::int64_t r = 1; r < count; ++r) {
+    if (place(r) != place(0)) return -1;
+  }
+  const std::int64_t head = place(0) % kBytes != 0 ? -1 : (64 - place(0)) % 64 / kBytes;
+  return head < length ? head : -1;
+}
+
+// At most kRowBlock rows, constants[r] for row r, dx to dx[r]; streamed where all of them start on cache lines, or
+// reach one after as many elements. At the end of a chunk, and every kFlushRows rows, the float32 sums go to the
+// totals.
+template <class T, class V, class D, bool kWeight, bool kParameters>
 [[gnu::noinline]] void gradient_block(const RowGradient& a, std::int64_t first, std::int64_t rows,
                                       const GradientConstants<typename V::Scalar>* constants, char* const* dx,
-                                      bool stream) {
+                                      Writing writing) {
   using S = typename V::Scalar;
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + first;
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + first;
   const S* w = static_cast<const S*>(a.weight);
   S* sum_dweight = static_cast<S*>(a.sum_dweight);
   S* sum_dbias = static_cast<S*>(a.sum_dbias);
-  const bool parameters = sum_dweight != nullptr;
-  for (std::int64_t r = 0; r < rows; ++r) stream = stream && reinterpret_cast<std::uintptr_t>(dx[r]) % 64 == 0;
-  const auto block = [&](auto n, std::int64_t r) LANENORM_LAMBDA_INLINE {
-    constexpr int N = decltype(n)::value;
-    const auto rows_of = [&](auto weighted, auto with_parameters) LANENORM_LAMBDA_INLINE {
-      constexpr bool kWeight = decltype(weighted)::value != 0, kParameters = decltype(with_parameters)::value != 0;
-      stream ? gradient_rows<N, T, V, kWeight, kParameters, true>(x + r, dy + r, dx + r, a.length, w, constants + r,
-                                                                  sum_dweight, sum_dbias)
-             : gradient_rows<N, T, V, kWeight, kParameters, false>(x + r, dy + r, dx + r, a.length, w, constants + r,
-                                                                   sum_dweight, sum_dbias);
-    };
-    if (parameters && w != nullptr) {
-      rows_of(Count<1>{}, Count<1>{});
-    } else if (parameters) {
-      rows_of(Count<0>{}, Count<1>{});
-    } else if (w != nullptr) {
-      rows_of(Count<1>{}, Count<0>{});
+  const auto elements = [&](auto how, std::int64_t begin, std::int64_t end) LANENORM_LAMBDA_INLINE {
+    constexpr Writing kWriting = static_cast<Writing>(decltype(how)::value);
+    if (rows == kRowBlock) {
+      gradient_rows<kRowBlock, T, V, kWeight, kParameters, kWriting>(x, dy, dx, begin, end, w, constants, sum_dweight,
+                                                                     sum_dbias);
     } else {
-      rows_of(Count<0>{}, Count<0>{});
+      for (std::int64_t r = 0; r < rows; ++r) {
+        gradient_rows<1, T, V, kWeight, kParameters, kWriting>(x + r, dy + r, dx + r, begin, end, w, constants + r,
+                                                               sum_dweight, sum_dbias);
+      }
     }
   };
-  if (rows == kRowBlock) {
-    block(Count<kRowBlock>{}, 0);
-  } else {
-    for (std::int64_t r = 0; r < rows; ++r) block(Count<1>{}, r);
+  const std::int64_t head = writing == Writing::cached ? a.length : common_head<T>(dx, rows, a.length);
+  if (head != 0) elements(Count<static_cast<int>(Writing::cached)>{}, 0, head < 0 ? a.length : head);
+  if (head >= 0 && head < a.length) {
+    if (writing == Writing::streamed) {
+      elements(Count<static_cast<int>(Writing::streamed)>{}, head, a.length);
+    } else {
+      elements(Count<static_cast<int>(Writing::streamed_and_fetched)>{}, head, a.length);
+    }
   }
-  const bool end = a.last && first + rows == a.rows;
-  if (parameters && a.dweight != nullptr && (end || (a.done + first + kRowBlock) % kFlushRows == 0)) {
-    flush<V, D>(sum_dweight, a.length, a.dweight);
-    flush<V, D>(sum_dbias, a.length, a.dbias);
+  if constexpr (kParameters) {
+    const bool end = a.last && first + rows == a.rows;
+    if (a.dweight != nullptr && (end || (a.done + first + kRowBlock) % kFlushRows == 0)) {
+      flush<V, D>(sum_dweight, a.length, a.dweight);
+      flush<V, D>(sum_dbias, a.length, a.dbias);
+    }
+  }
+}
+
+// f(gradient_block) for what there is to read and to sum.
+template <class T, class V, class D, class F>
+LANENORM_INLINE void with_gradient_block(const RowGradient& a, F&& f) {
+  const bool weight = a.weight != nullptr, parameters = a.sum_dweight != nullptr;
+  if (weight && parameters) {
+    f(gradient_block<T, V, D, true, true>);
+  } else if (parameters) {
+    f(gradient_block<T, V, D, false, true>);
+  } else if (weight) {
+    f(gradient_block<T, V, D, true, false>);
+  } else {
+    f(gradient_block<T, V, D, false, false>);
   }
 }
 
@@ -619,35 +658,67 @@ void row_gradient(const RowGradient& a) {
     if (a.stream) fence();
     return;
   }
-  for (std::int64_t first = 0; first < a.rows; first += kRowBlock) {
-    const std::int64_t rows = a.rows - first < kRowBlock ? a.rows - first : kRowBlock;
-    gradient_block<T, V, D>(a, first, rows, constants + first, reinterpret_cast<char* const*>(a.dx) + first, a.stream);
-  }
+  with_gradient_block<T, V, D>(a, [&](auto gradient) {
+    for (std::int64_t first = 0; first < a.rows; first += kRowBlock) {
+      const std::int64_t rows = a.rows - first < kRowBlock ? a.rows - first : kRowBlock;
+      gradient(a, first, rows, constants + first, reinterpret_cast<char* const*>(a.dx) + first,
+               a.stream ? Writing::streamed : Writing::cached);
+    }
+  });
   if (a.stream) fence();
 }
 
-// Constants of `rows` <= 8 rows; with per_row their dweight and dbias too.
+// Sums over the lines of `rows` <= 8 rows; the others are 0.
+template <class D>
+struct SumsOfRows {
+  D g[8], gt[8], t[8];
+};
+
+template <class T, class V, class D, bool kWeight, Fetch kFetch>
+[[gnu::noinline]] void sums_of_rows(const RowBackward& a, std::int64_t first, int rows, SumsOfRows<D>* sums) {
+  using S = typename V::Scalar;
+  const char* const* x = reinterpret_cast<const char* const*>(a.x) + first;
+  const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + first;
+  const S* mean = static_cast<const S*>(a.mean) + first;
+  const S* rstd = static_cast<const S*>(a.rstd) + first;
+  const S* weight = static_cast<const S*>(a.weight);
+  for (int r = 0; r < 8; ++r) {
+    D total[3] = {D::zero(), D::zero(), D::zero()};
+    if (r < rows) {
+      line_sums<T, V, D, kWeight, kFetch>(x[r], dy[r], weight, a.length, V::broadcast(mean[r]), V::broadcast(rstd[r]),
+                                          total);
+    }
+    sums->g[r] = total[0];
+    sums->gt[r] = total[1];
+    sums->t[r] = total[2];
+  }
+}
+
+template <class D>
+using SumRows = void (*)(const RowBackward& a, std::int64_t first, int rows, SumsOfRows<D>* sums);
+
+// sums_of_rows for what there is to read.
 template <class T, class V, class D>
-LANENORM_INLINE void finish_gradients(const RowBackward& a, std::int64_t first, int rows,
+SumRows<D> sums_of_rows_for(bool weight, Fetch fetch) {
+  switch (fetch) {
+    case Fetch::x: return weight ? sums_of_rows<T, V, D, true, Fetch::x> : sums_of_rows<T, V, D, false, Fetch::x>;
+    case Fetch::both:
+      return weight ? sums_of_rows<T, V, D, true, Fetch::both> : sums_of_rows<T, V, D, false, Fetch::both>;
+    default: return weight ? sums_of_rows<T, V, D, true, Fetch::none> : sums_of_rows<T, V, D, false, Fetch::none>;
+  }
+}
+
+// Constants of `rows` <= 8 rows from their sums; with per_row their dweight and dbias too.
+template <class T, class V, class D>
+LANENORM_INLINE void finish_gradients(const RowBackward& a, std::int64_t first, int rows, const SumsOfRows<D>& sums,
                                       GradientConstants<typename V::Scalar>* constants) {
   using S = typename V::Scalar;
   const S* mean = static_cast<const S*>(a.mean) + first;
   const S* rstd = static_cast<const S*>(a.rstd) + first;
   const S* weight = static_cast<const S*>(a.weight);
-  D g[8], gt[8], t[8];
-  for (int r = 0; r < 8; ++r) {
-    D total[3] = {D::zero(), D::zero(), D::zero()};
-    if (r < rows) {
-      line_sums<T, V>(a.x[first + r], a.dy[first + r], a.per_row ? nullptr : weight, a.length, mean[r], rstd[r],
-                      a.stream, total);
-    }
-    g[r] = total[0];
-    gt[r] = total[1];
-    t[r] = total[2];
-  }
-  const D sum_g = D::fold8(g);
+  const D sum_g = D::fold8(sums.g);
   const GradientTerms<D> terms =
-      gradient_terms(sum_g, D::fold8(gt), D::fold8(t), D::broadcast(static_cast<double>(a.length)));
+      gradient_terms(sum_g, D::fold8(sums.gt), D::fold8(sums.t), D::broadcast(static_cast<double>(a.length)));
   alignas(64) S low[8], minus_mean_g[8], minus_mean_gx[8];
   terms.minus_low.template store<S>(low);
   terms.minus_mean_g.template store<S>(minus_mean_g);
@@ -667,7 +738,13 @@ template <class T, class V, class D>
 void row_backward(const RowBackward& a) {
   using S = typename V::Scalar;
   GradientConstants<S> constants[8];
-  const std::int64_t group = 2 * 8 * a.length * static_cast<std::int64_t>(sizeof(T)) <= kGroupBytes ? 8 : kRowBlock;
+  const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t group = 2 * 8 * row_bytes <= kGroupBytes ? 8 : kRowBlock;
+  BackwardStage<D> stage(a.stream, row_bytes, a.dx[0]);
+  const bool split = a.stream && !stage.active() && row_bytes >= 512 && group * row_bytes <= kFarAhead;
+  const auto sum = sums_of_rows_for<T, V, D>(a.weight != nullptr && !a.per_row, !a.stream ? Fetch::none
+                                                                                : split   ? Fetch::x
+                                                                                          : Fetch::both);
   RowGradient block{};
   block.x = a.x;
   block.dy = a.dy;
@@ -684,17 +761,22 @@ void row_backward(const RowBackward& a) {
     block.done = a.done;
     block.last = a.last;
   }
-  BackwardStage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
-  for (std::int64_t first = 0; first < a.rows; first += group) {
-    const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
-    finish_gradients<T, V, D>(a, first, rows, constants);
-    char* table[8];
-    char* const* dx = stage.lines(a.dx + first, rows, table);
-    for (int r = 0; r < rows; r += kRowBlock) {
-      gradient_block<T, V, D>(block, first + r, rows - r < kRowBlock ? rows - r : kRowBlock, constants + r, dx + r,
-                              a.stream && dx != table);
+  with_gradient_block<T, V, D>(block, [&](auto gradient) {
+    for (std::int64_t first = 0; first < a.rows; first += group) {
+      const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
+      SumsOfRows<D> sums;
+      sum(a, first, rows, &sums);
+      finish_gradients<T, V, D>(a, first, rows, sums, constants);
+      char* table[8];
+      char* const* dx = stage.lines(a.dx + first, rows, table);
+      const Writing writing = !a.stream || dx == table ? Writing::cached
+                              : split                  ? Writing::streamed_and_fetched
+                                                       : Writing::streamed;
+      for (int r = 0; r < rows; r += kRowBlock) {
+        gradient(block, first + r, rows - r < kRowBlock ? rows - r : kRowBlock, constants + r, dx + r, writing);
+      }
     }
-  }
+  });
   if (a.stream) fence();
 }
 
