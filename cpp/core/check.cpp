@@ -192,7 +192,7 @@ struct Call {
       for (int axis = 0; axis < axes[i] && !all_axes; ++axis) position[i] += args->reduced[axis] == reduced ? 1 : 0;
     }
     vector->data = view.data;
-    vector->loop = make_loop(view.shape, view.strides, position, count);
+    make_loop(view.shape, view.strides, position, count, &vector->loop);
   }
 
   void parameter_vector(const View* view, Vector* vector) const {

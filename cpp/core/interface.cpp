@@ -61,7 +61,7 @@ class Outputs {
       }
     }
     check(output, statistics_dtype(args_.dtype), "the dtype of statistics", shape, count,
-          errors::axis_of(axes_.axis, axes_.count, x_) + (keep ? " reduced to length 1" : ""));
+          keep ? " reduced to length 1" : "");
   }
 
   void parameter(const Argument& output, const char* why_dtype) const {
@@ -71,7 +71,7 @@ class Outputs {
     for (int axis = 0; axis < x_.axes; ++axis) {
       if (args_.reduced[axis] == of_reduced) shape[count++] = x_.shape[axis];
     }
-    check(output, args_.parameter_dtype, why_dtype, shape, count, errors::axis_of(axes_.axis, axes_.count, x_));
+    check(output, args_.parameter_dtype, why_dtype, shape, count, "");
   }
 
   void own_memory(const Argument& output, std::initializer_list<Argument> others) const {
@@ -84,12 +84,15 @@ class Outputs {
 
  private:
   void check(const Argument& output, DType dtype, const char* why_dtype, const std::int64_t* shape, int axes,
-             const std::string& why_shape) const {
+             const char* of_axis) const {
     const View& got = *output.view;
     if (got.dtype != dtype) errors::wrong_dtype(operation_, output.name, got.dtype, dtype, why_dtype);
     bool same = got.axes == axes;
     for (int axis = 0; axis < axes && same; ++axis) same = got.shape[axis] == shape[axis];
-    if (!same) errors::wrong_shape(operation_, output.name, got, shape, axes, why_shape);
+    if (!same) {
+      errors::wrong_shape(operation_, output.name, got, shape, axes,
+                          errors::axis_of(axes_.axis, axes_.count, x_) + of_axis);
+    }
     if (!got.writable) errors::read_only(operation_, output.name);
   }
 

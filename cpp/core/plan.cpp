@@ -24,13 +24,6 @@ void append(Loop* loop, std::int64_t extent, std::int64_t stride) {
   ++loop->axes;
 }
 
-Loop empty_loop() {
-  Loop loop;
-  loop.axes = 0;
-  loop.count = 1;
-  return loop;
-}
-
 struct Order {
   int axes;            // axes longer than 1
   int axis[kMaxAxes];  // in loop order, the innermost last
@@ -54,17 +47,17 @@ Order loop_order(const View& x, const std::int64_t* y_strides) {
 
 void make_layout(const std::int64_t* shape, const std::int64_t* strides, std::int64_t size, const int* line_axes,
                  int lines, const int* inner_axes, int inner, Layout* layout) {
-  layout->lines = make_loop(shape, strides, line_axes, lines);
-  layout->inner = make_loop(shape, strides, inner_axes, inner);
+  make_loop(shape, strides, line_axes, lines, &layout->lines);
+  make_loop(shape, strides, inner_axes, inner, &layout->inner);
   layout->direct = adjacent(layout->inner, size);
 }
 
 }  // namespace
 
-Loop make_loop(const std::int64_t* shape, const std::int64_t* strides, const int* axes, int count) {
-  Loop loop = empty_loop();
-  for (int i = 0; i < count; ++i) append(&loop, shape[axes[i]], strides[axes[i]]);
-  return loop;
+void make_loop(const std::int64_t* shape, const std::int64_t* strides, const int* axes, int count, Loop* loop) {
+  loop->axes = 0;
+  loop->count = 1;
+  for (int i = 0; i < count; ++i) append(loop, shape[axes[i]], strides[axes[i]]);
 }
 
 bool adjacent(const Loop& loop, std::int64_t size) {

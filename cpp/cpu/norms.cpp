@@ -30,18 +30,25 @@ class InputVector {
       data_ = v.data;
       return;
     }
-    const std::int64_t count = v.loop.count;
-    packed_.reserve(count * size(stored));
-    pack(v.loop, static_cast<const char*>(v.data), 0, count, size(stored), packed_.data());
-    data_ = packed_.data();
+    const std::int64_t count = v.loop.count, bytes = count * size(stored);
+    char* packed = few_;
+    if (bytes > static_cast<std::int64_t>(sizeof few_)) {
+      packed_.reserve(bytes);
+      packed = packed_.data();
+    }
+    pack(v.loop, static_cast<const char*>(v.data), 0, count, size(stored), packed);
+    data_ = packed;
     if (stored == compute) return;
     widened_.reserve(count * size(compute));
-    kernels(stored).widen(packed_.data(), count, widened_.data());
+    kernels(stored).widen(packed, count, widened_.data());
     data_ = widened_.data();
   }
+  InputVector(const InputVector&) = delete;
+  InputVector& operator=(const InputVector&) = delete;
   const void* data() const { return data_; }
 
  private:
+  alignas(64) char few_[4096];  // asking for memory takes longer than a small call
   Buffer packed_, widened_;
   const void* data_ = nullptr;
 };
@@ -69,7 +76,7 @@ class OutputVector {
  private:
   const Vector& vector_;
   std::int64_t size_;
-  alignas(64) char few_[256];  // asking for memory takes longer than a small call
+  alignas(64) char few_[256];  // as above
   Buffer buffer_;
   void* data_;
 };

@@ -14,7 +14,9 @@ namespace lanenorm {
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(std::int64_t bytes) { reserve(bytes); }
+  explicit Buffer(std::int64_t bytes) {  // data() is null for 0: asking for memory takes longer than a small call
+    if (bytes > 0) reserve(bytes);
+  }
   // Contents are lost when it grows.
   void reserve(std::int64_t bytes);
   char* data() const { return data_.get(); }

@@ -135,7 +135,8 @@ void strides_like_numpy() {
 void offsets_of_a_range() {
   const Array x{{2, 3, 4}, {1000, 100, 10}};
   const int axes[] = {0, 1, 2};
-  const Loop loop = make_loop(x.shape.data(), x.strides.data(), axes, 3);
+  Loop loop;
+  make_loop(x.shape.data(), x.strides.data(), axes, 3, &loop);
   std::int64_t got[6];
   offsets(loop, 2, 6, got);
   const std::int64_t expected[] = {20, 30, 100, 110, 120, 130};
