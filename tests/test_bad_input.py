@@ -344,6 +344,29 @@ def test_bad_axis_type(name, axis):
     assert call.arrays["out"].tobytes() == before
 
 
+# ---- Flags ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("layer_norm_backward", "param_grads"),
+        ("batch_norm_backward", "param_grads"),
+        ("batch_norm_backward", "training"),
+    ],
+)
+@pytest.mark.parametrize("value", ["yes", [True], object()], ids=lambda v: type(v).__name__)
+def test_bad_flag(name, flag, value):
+    refuse(lawful(name), TypeError, flag, type(value).__name__, "bool", **{flag: value})
+
+
+@pytest.mark.parametrize("value", [np.True_, 1, True])
+def test_flag_may_be_any_truth(value):
+    for name in ("layer_norm_backward", "batch_norm_backward"):
+        assert lawful(name)(param_grads=value).dweight is not None
+        assert lawful(name)(param_grads=not value).dweight is None
+
+
 # ---- eps, momentum, running statistics ------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from cases import LAYOUTS, by_dtype, check_layout
 from conftest import ROOT, tool
 
 import lanenorm
-from lanenorm import _arrays, _cpu
+from lanenorm import _arrays, _cpu, _runtime
 
 INSTALLED = importlib.util.find_spec("lanenorm._cuda") is not None
 needs_module = pytest.mark.skipif(not INSTALLED, reason="lanenorm was built without CUDA")
@@ -304,6 +304,13 @@ def cuda(host_module, cupy, monkeypatch):
 def numbers(shape, dtype=np.float32):
     """0, 1, 2, ... , whose place in memory is told by their value."""
     return np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+
+
+# ---- What is there --------------------------------------------------------------------------------------------------
+
+
+def test_show_runtime_says_how_cuda_was_built(cuda):
+    assert re.fullmatch(r"available; built with CUDA \d+\.\d+ for architectures none", _runtime._cuda_line())
 
 
 # ---- No driver, no device -------------------------------------------------------------------------------------------
@@ -676,4 +683,4 @@ def test_stub_has_the_names_of_the_module(host_module):
     for name in OPERATIONS:
         arguments = STUB_FUNCTIONS[name].args
         assert not arguments.args, "arguments are positional-only"
-        assert getattr(module, name).__doc__.count("arg") == len(arguments.posonlyargs)
+        assert getattr(module, name).__doc__ == f"{name}({', '.join(a.arg for a in arguments.posonlyargs)}, /)"

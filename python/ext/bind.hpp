@@ -5,6 +5,7 @@
 // Device is what a module supplies:
 //
 //   Array                                a py::object, with whatever a View of it borrows
+//   static bool takes(object)                            whether it is an array of this library, where others may come
 //   static Array cast(object, operation, argument)       or errors::wrong_kind
 //   static py::dtype dtype(array)
 //   static View view(array, dtype)
@@ -14,20 +15,22 @@
 //   void layer_norm_forward(args) const, ...             the operations that the module binds
 //   static constexpr std::int64_t kKeepGil               see run
 //
-// What layer_norm(x, weight, bias) of 1 x 768 float32 costs from Python, 1.17 us on a Zen 4 (perf, 3 million calls):
+// What layer_norm(x, weight, bias) of 1 x 768 float32 costs from Python, 0.85 us on a Zen 4 (perf, 4 million calls):
 //
-//   370 ns  interpreter: the loop around the call, the frame of functional.py, its tests of four types, the vectorcall
+//   270 ns  interpreter: the loop around the call, the frame of functional.py with its keyword defaults, the vectorcall
 //   190 ns  kernel: two sweeps over 48 vectors, 30 ns; one division and one root, in a row with everything else
-//   170 ns  checks and Plan: 6 layouts, overlap, axes
-//   130 ns  memory of y: malloc and free of 3 KB, NumPy's array object (with out= 1.0 us in all)
-//   120 ns  driver: line tables, parallel_for, the floating-point environment
-//   110 ns  this file: arguments into Views, pybind11's dispatch
-//    80 ns  libc, thread-local storage, the clock
+//   130 ns  driver: line tables, parallel_for, the floating-point environment
+//    75 ns  checks and Plan
+//    75 ns  memory of y: malloc and free of 3 KB, NumPy's array object
+//    65 ns  this file: arguments into Views
+//    40 ns  libc, thread-local storage, the clock
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <cxxabi.h>
 
 #include <atomic>
 #include <chrono>
@@ -146,6 +149,19 @@ inline Axes axes_of(const char* operation, const py::handle& object) {
   return axes;
 }
 
+// What pybind11 takes for a bool.
+inline bool flag_of(const char* operation, const char* name, const py::handle& object) {
+  if (object.ptr() == Py_True) return true;
+  if (object.ptr() == Py_False || object.is_none()) return false;
+  const PyNumberMethods* number = Py_TYPE(object.ptr())->tp_as_number;
+  if (number == nullptr || number->nb_bool == nullptr) {
+    lanenorm::errors::wrong_kind(operation, name, Py_TYPE(object.ptr())->tp_name, "bool");
+  }
+  const int value = number->nb_bool(object.ptr());
+  if (value < 0) throw py::error_already_set();
+  return value != 0;
+}
+
 inline double number_of(const char* operation, const char* name, const py::handle& object) {
   if (PyFloat_CheckExact(object.ptr())) return PyFloat_AS_DOUBLE(object.ptr());
   const double value = PyNumber_Check(object.ptr()) && !PyBool_Check(object.ptr()) && !PyComplex_Check(object.ptr())
@@ -262,29 +278,45 @@ std::pair<py::object, py::object> parameter_gradients(const Device& device, cons
   return {std::move(dweight), std::move(dbias)};
 }
 
+// An instance of `type`, a named tuple of three; 100 ns less than naming a tuple in Python.
+inline py::object named(const char* operation, const py::handle& type, py::object a, py::object b, py::object c) {
+  PyTypeObject* of = reinterpret_cast<PyTypeObject*>(type.ptr());
+  if (!PyType_Check(type.ptr()) || !PyType_IsSubtype(of, &PyTuple_Type)) {
+    lanenorm::errors::wrong_kind(operation, "result", Py_TYPE(type.ptr())->tp_name, "a named tuple");
+  }
+  PyObject* tuple = of->tp_alloc(of, 3);
+  if (tuple == nullptr) throw py::error_already_set();
+  PyTuple_SET_ITEM(tuple, 0, a.release().ptr());
+  PyTuple_SET_ITEM(tuple, 1, b.release().ptr());
+  PyTuple_SET_ITEM(tuple, 2, c.release().ptr());
+  return py::reinterpret_steal<py::object>(tuple);
+}
+
 template <class Device>
-py::tuple gradients(const char* name, const Argument<Device>& x, const OptionalArgument<Device>& weight,
-                    const OptionalArgument<Device>& out, bool param_grads, lanenorm::Args* args,
-                    void (Device::*operation)(const lanenorm::Args&) const) {
+py::object gradients(const char* name, const Argument<Device>& x, const OptionalArgument<Device>& weight,
+                     const OptionalArgument<Device>& out, bool param_grads, const py::handle& result,
+                     lanenorm::Args* args, void (Device::*operation)(const lanenorm::Args&) const) {
   const Device device(name, x.array);
   auto dx = output(device, x, out, args);
   if (!param_grads) {
     run(device, *args, operation);
-    return py::make_tuple(std::move(dx), py::none(), py::none());
+    return named(name, result, std::move(dx), py::none(), py::none());
   }
   auto [dweight, dbias] = parameter_gradients(device, x, weight, args);
   run(device, *args, operation);
-  return py::make_tuple(std::move(dx), std::move(dweight), std::move(dbias));
+  return named(name, result, std::move(dx), std::move(dweight), std::move(dbias));
 }
 
 // ---- operations --------------------------------------------------------------------------------------------------
 
+// Every operation takes its arguments by position and returns NotImplemented where an array is none of this library.
 template <class Device>
 struct Operations {
   using Object = const py::handle&;
   static constexpr const char* kInt = "int";
 
   static py::object layer_norm(Object x_, Object weight_, Object bias_, Object axis, Object eps, Object out_) {
+    if (!given(x_) || !optional(weight_, bias_, out_)) return not_implemented();
     const char* name = "layer_norm";
     lanenorm::Args args;
     const auto x = layer_norm_args(name, x_, weight_, bias_, axis, eps, out_, &args);
@@ -294,7 +326,9 @@ struct Operations {
     return y;
   }
 
-  static py::tuple layer_norm_forward(Object x_, Object weight_, Object bias_, Object axis, Object eps, Object out_) {
+  static py::object layer_norm_forward(Object x_, Object weight_, Object bias_, Object axis, Object eps, Object out_,
+                                       Object result) {
+    if (!given(x_) || !optional(weight_, bias_, out_)) return not_implemented();
     const char* name = "layer_norm_forward";
     lanenorm::Args args;
     const auto x = layer_norm_args(name, x_, weight_, bias_, axis, eps, out_, &args);
@@ -302,11 +336,12 @@ struct Operations {
     auto y = output(device, x.first, x.second, &args);
     auto [mean, rstd] = statistics(device, x.first, &args);
     run(device, args, &Device::layer_norm_forward);
-    return py::make_tuple(std::move(y), std::move(mean), std::move(rstd));
+    return named(name, result, std::move(y), std::move(mean), std::move(rstd));
   }
 
-  static py::tuple layer_norm_backward(Object dy_, Object x_, Object mean_, Object rstd_, Object weight_, Object axis,
-                                       bool param_grads, Object out_) {
+  static py::object layer_norm_backward(Object dy_, Object x_, Object mean_, Object rstd_, Object weight_, Object axis,
+                                        Object param_grads, Object out_, Object result) {
+    if (!given(dy_, x_, mean_, rstd_) || !optional(weight_, out_)) return not_implemented();
     const char* name = "layer_norm_backward";
     const auto dy = argument<Device>(name, "dy", dy_);
     const auto x = argument<Device>(name, "x", x_);
@@ -318,11 +353,13 @@ struct Operations {
     lanenorm::Args args;
     lanenorm::check_layer_norm_backward(name, dy.view, x.view, mean.view, rstd.view, weight.view(), axes.list(),
                                         out.view(), &args);
-    return gradients(name, x, weight, out, param_grads, &args, &Device::layer_norm_backward);
+    return gradients(name, x, weight, out, flag_of(name, "param_grads", param_grads), result, &args,
+                     &Device::layer_norm_backward);
   }
 
   static py::object batch_norm(Object x_, Object running_mean_, Object running_var_, Object weight_, Object bias_,
                                Object channel_axis, Object eps, Object out_) {
+    if (!given(x_, running_mean_, running_var_) || !optional(weight_, bias_, out_)) return not_implemented();
     const char* name = "batch_norm";
     const auto x = argument<Device>(name, "x", x_);
     const auto running_mean = argument<Device>(name, "running_mean", running_mean_);
@@ -340,9 +377,10 @@ struct Operations {
     return y;
   }
 
-  static py::tuple batch_norm_forward(Object x_, Object weight_, Object bias_, Object running_mean_,
-                                      Object running_var_, Object momentum, Object channel_axis, Object eps,
-                                      Object out_) {
+  static py::object batch_norm_forward(Object x_, Object weight_, Object bias_, Object running_mean_,
+                                       Object running_var_, Object momentum, Object channel_axis, Object eps,
+                                       Object out_, Object result) {
+    if (!given(x_) || !optional(weight_, bias_, running_mean_, running_var_, out_)) return not_implemented();
     const char* name = "batch_norm_forward";
     const auto x = argument<Device>(name, "x", x_);
     const auto weight = optional_argument<Device>(name, "weight", weight_);
@@ -360,11 +398,13 @@ struct Operations {
     auto y = output(device, x, out, &args);
     auto [mean, rstd] = statistics(device, x, &args);
     run(device, args, &Device::batch_norm_forward);
-    return py::make_tuple(std::move(y), std::move(mean), std::move(rstd));
+    return named(name, result, std::move(y), std::move(mean), std::move(rstd));
   }
 
-  static py::tuple batch_norm_backward(Object dy_, Object x_, Object mean_, Object rstd_, Object weight_,
-                                       Object channel_axis, bool training, bool param_grads, Object out_) {
+  static py::object batch_norm_backward(Object dy_, Object x_, Object mean_, Object rstd_, Object weight_,
+                                        Object channel_axis, Object training, Object param_grads, Object out_,
+                                        Object result) {
+    if (!given(dy_, x_, mean_, rstd_) || !optional(weight_, out_)) return not_implemented();
     const char* name = "batch_norm_backward";
     const auto dy = argument<Device>(name, "dy", dy_);
     const auto x = argument<Device>(name, "x", x_);
@@ -374,11 +414,23 @@ struct Operations {
     const auto out = optional_argument<Device>(name, "out", out_);
     lanenorm::Args args;
     lanenorm::check_batch_norm_backward(name, dy.view, x.view, mean.view, rstd.view, weight.view(),
-                                        axis_of(name, "channel_axis", channel_axis, kInt), training, out.view(), &args);
-    return gradients(name, x, weight, out, param_grads, &args, &Device::batch_norm_backward);
+                                        axis_of(name, "channel_axis", channel_axis, kInt),
+                                        flag_of(name, "training", training), out.view(), &args);
+    return gradients(name, x, weight, out, flag_of(name, "param_grads", param_grads), result, &args,
+                     &Device::batch_norm_backward);
   }
 
  private:
+  template <class... Objects>
+  static bool given(const Objects&... objects) {
+    return (Device::takes(objects) && ...);
+  }
+  template <class... Objects>
+  static bool optional(const Objects&... objects) {
+    return ((objects.is_none() || Device::takes(objects)) && ...);
+  }
+  static py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
+
   static std::pair<Argument<Device>, OptionalArgument<Device>> layer_norm_args(const char* name, Object x_,
                                                                                Object weight_, Object bias_,
                                                                                Object axis, Object eps, Object out_,
@@ -394,20 +446,59 @@ struct Operations {
   }
 };
 
-template <class Device>
-void bind_layer_norm(py::module_& m) {
-  using O = Operations<Device>;
-  m.def("layer_norm", &O::layer_norm);
-  m.def("layer_norm_forward", &O::layer_norm_forward);
-  m.def("layer_norm_backward", &O::layer_norm_backward);
-}
+// An operation as a function that the interpreter calls with its arguments where they lie: pybind11's dispatch, made
+// for overloads and conversions, is 70 ns of what a small call takes.
+template <auto kOperation>
+struct Entry;
+template <class... Objects, py::object (*kOperation)(Objects...)>
+struct Entry<kOperation> {
+  static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    constexpr Py_ssize_t kCount = sizeof...(Objects);
+    if (count != kCount) {
+      PyErr_Format(PyExc_TypeError, "%zd arguments, expected %zd", count, kCount);
+      return nullptr;
+    }
+    try {
+      return with(arguments, std::index_sequence_for<Objects...>{});
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (abi::__forced_unwind&) {
+      throw;
+    } catch (...) {
+      py::detail::try_translate_exceptions();
+    }
+    return nullptr;
+  }
+  static PyMethodDef method(const char* name, const char* doc) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, doc};
+  }
+
+ private:
+  template <std::size_t... I>
+  static PyObject* with(PyObject* const* arguments, std::index_sequence<I...>) {
+    return kOperation(py::handle(arguments[I])...).release().ptr();
+  }
+};
 
 template <class Device>
-void bind_batch_norm(py::module_& m) {
+void bind_operations(py::module_& m) {
   using O = Operations<Device>;
-  m.def("batch_norm", &O::batch_norm);
-  m.def("batch_norm_forward", &O::batch_norm_forward);
-  m.def("batch_norm_backward", &O::batch_norm_backward);
+  static PyMethodDef methods[] = {
+      Entry<O::layer_norm>::method("layer_norm", "layer_norm(x, weight, bias, axis, eps, out, /)"),
+      Entry<O::layer_norm_forward>::method("layer_norm_forward",
+                                           "layer_norm_forward(x, weight, bias, axis, eps, out, result, /)"),
+      Entry<O::layer_norm_backward>::method(
+          "layer_norm_backward", "layer_norm_backward(dy, x, mean, rstd, weight, axis, param_grads, out, result, /)"),
+      Entry<O::batch_norm>::method("batch_norm",
+                                   "batch_norm(x, running_mean, running_var, weight, bias, channel_axis, eps, out, /)"),
+      Entry<O::batch_norm_forward>::method("batch_norm_forward",
+                                           "batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, "
+                                           "channel_axis, eps, out, result, /)"),
+      Entry<O::batch_norm_backward>::method("batch_norm_backward",
+                                            "batch_norm_backward(dy, x, mean, rstd, weight, channel_axis, training, "
+                                            "param_grads, out, result, /)"),
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), methods) < 0) throw py::error_already_set();
 }
 
 // C++ exceptions as the Python ones that NumPy users expect.

@@ -60,6 +60,14 @@ struct Cpu {
 
   Cpu(const char* /*operation*/, const Array& /*x*/) {}
 
+  // Exact types: a subclass (masked array, matrix) means something by its elements that the kernels would ignore.
+  // memmap is plain memory and nothing else.
+  static bool takes(const py::handle& object) {
+    static PyObject* const memmap = py::object(py::module_::import("numpy").attr("memmap")).release().ptr();
+    const PyTypeObject* type = Py_TYPE(object.ptr());
+    return type == &PyArray_Type || type == reinterpret_cast<PyTypeObject*>(memmap);
+  }
+
   static Array cast(const py::handle& object, const char* operation, const char* argument) {
     if (!py::isinstance<py::array>(object)) {
       lanenorm::errors::wrong_kind(operation, argument, Py_TYPE(object.ptr())->tp_name, "numpy.ndarray");
@@ -154,8 +162,7 @@ PYBIND11_MODULE(_cpu, m) {
   if (import_numpy() < 0) throw py::error_already_set();
   register_errors();
   register_interrupt();
-  bind_layer_norm<Cpu>(m);
-  bind_batch_norm<Cpu>(m);
+  bind_operations<Cpu>(m);
   lanenorm::set_interrupt_hook(interrupted);
   m.def("get_num_threads", &lanenorm::get_num_threads);
   m.def("set_num_threads", &lanenorm::set_num_threads, py::pos_only(), py::arg("n"));

@@ -168,6 +168,8 @@ class Cuda {
         current_(operation, x.device),
         stream_(static_cast<cudaStream_t>(pointer(CuPy::get().get_current_stream(x.device).attr("ptr")))) {}
 
+  static constexpr bool takes(const py::handle&) { return true; }  // _arrays.py has made sure
+
   static Array cast(const py::handle& object, const char* operation, const char* argument) {
     static const Attribute data("data"), ptr("ptr"), device_id("device_id"), shape("shape"), strides("strides");
     const py::object memory = data.find(object);
@@ -253,8 +255,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Batch and layer normalization of CuPy arrays; use lanenorm's functions instead.";
   register_errors();
-  bind_layer_norm<Cuda>(m);
-  bind_batch_norm<Cuda>(m);
+  bind_operations<Cuda>(m);
   m.def("unavailable_reason", &lanenorm::cuda::unavailable_reason);
   m.def("build_info", &build_info);
 }

@@ -1,8 +1,8 @@
 """Array libraries: which one a call belongs to, and what serves it.
 
-This is the only place that knows kinds of arrays. It never imports CuPy: a CuPy array can only exist where CuPy is
-already in `sys.modules`. The CUDA kernels (`lanenorm._cuda`) are loaded when the first one arrives. Everything about
-dtype, shape and memory is checked in C++.
+A call is made with `lanenorm._cpu` first, which takes plain NumPy arrays; what it does not take comes here. CuPy is
+never imported: a CuPy array can only exist where CuPy is already in `sys.modules`. The CUDA kernels (`lanenorm._cuda`)
+are loaded when the first one arrives. Everything about dtype, shape and memory is checked in C++.
 """
 
 from __future__ import annotations
@@ -11,27 +11,15 @@ import functools
 import importlib
 import importlib.util
 import sys
-from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lanenorm import _cpu
 
-# Exact types: a subclass (masked array, matrix) means something by its elements that the kernels would ignore.
-# memmap is plain memory and nothing else.
+# What `lanenorm._cpu` takes. Exact types: a subclass (masked array, matrix) means something by its elements that the
+# kernels would ignore. memmap is plain memory and nothing else.
 NUMPY = frozenset((np.ndarray, np.memmap))
-# What the functions test before they call `backend`.
-OPTIONAL_NDARRAY = frozenset((np.ndarray, NoneType))
-
-
-class Backend(NamedTuple):
-    """What serves the arrays of one library."""
-
-    module: Any  # the extension module with the operations
-
-
-CPU = Backend(_cpu)
 
 # --- Which library ----------------------------------------------------------------------------------------------------
 
@@ -48,8 +36,8 @@ def is_cupy(value: object) -> bool:
     return cupy is not None and type(value) is getattr(cupy, "ndarray", None)
 
 
-def backend(operation: str, required: dict[str, object], optional: dict[str, object]) -> Backend:
-    """Choose what serves a call.
+def backend(operation: str, required: dict[str, object], optional: dict[str, object]) -> Any:
+    """Choose what serves a call whose arrays are not all NumPy's.
 
     Parameters
     ----------
@@ -60,8 +48,8 @@ def backend(operation: str, required: dict[str, object], optional: dict[str, obj
 
     Returns
     -------
-    Backend
-        That of the library all arrays belong to.
+    module
+        The extension module for the library all arrays belong to.
 
     Raises
     ------
@@ -86,19 +74,19 @@ def backend(operation: str, required: dict[str, object], optional: dict[str, obj
                 f"{operation}: {first_name} has type {type_name(first)} and {name} has type {type_name(value)}, "
                 "expected arrays of one library"
             )
-    return cuda_backend(operation, given) if is_cupy(first) else CPU
+    return cuda_backend(operation, given)
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def load_cuda() -> tuple[Backend | None, str | None]:
+def load_cuda() -> tuple[Any, str | None]:
     """The CUDA kernels, and what keeps them from running here.
 
     Returns
     -------
-    backend : Backend or None
+    module : module or None
         None where they are not in this lanenorm, or cannot be loaded.
     reason : str or None
         None where they can be used.
@@ -113,10 +101,10 @@ def load_cuda() -> tuple[Backend | None, str | None]:
         return None, f"lanenorm {_cpu.build_info()['version']} has no CUDA part here (no module lanenorm._cuda)"
     except ImportError as error:
         return None, f"the CUDA part of lanenorm, which has to be loaded, cannot be: {error}"
-    return Backend(cuda), cuda.unavailable_reason()
+    return cuda, cuda.unavailable_reason()
 
 
-def cuda_backend(operation: str, given: dict[str, Any]) -> Backend:
+def cuda_backend(operation: str, given: dict[str, Any]) -> Any:
     """What serves these CuPy arrays; raises as `backend` says."""
     cuda, reason = load_cuda()
     name, first = next(iter(given.items()))

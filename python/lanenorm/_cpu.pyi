@@ -1,11 +1,12 @@
-"""The C++ kernels. Arguments are positional; what kind of arrays they are has been checked in `_arrays.py`."""
+"""The C++ kernels. Arguments are positional. The six operations return NotImplemented where an array is not NumPy's."""
 
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from numpy import ndarray
 
 _Array = ndarray[Any, Any]
 _Axis = int | tuple[int, ...]
+_Result = TypeVar("_Result")  # a named tuple of three
 
 class _BuildInfo(TypedDict):
     version: str
@@ -22,8 +23,15 @@ def layer_norm(
     x: _Array, weight: _Array | None, bias: _Array | None, axis: _Axis, eps: float, out: _Array | None, /
 ) -> _Array: ...
 def layer_norm_forward(
-    x: _Array, weight: _Array | None, bias: _Array | None, axis: _Axis, eps: float, out: _Array | None, /
-) -> tuple[_Array, _Array, _Array]: ...
+    x: _Array,
+    weight: _Array | None,
+    bias: _Array | None,
+    axis: _Axis,
+    eps: float,
+    out: _Array | None,
+    result: type[_Result],
+    /,
+) -> _Result: ...
 def layer_norm_backward(
     dy: _Array,
     x: _Array,
@@ -33,8 +41,9 @@ def layer_norm_backward(
     axis: _Axis,
     param_grads: bool,
     out: _Array | None,
+    result: type[_Result],
     /,
-) -> tuple[_Array, _Array | None, _Array | None]: ...
+) -> _Result: ...
 def batch_norm(
     x: _Array,
     running_mean: _Array,
@@ -56,8 +65,9 @@ def batch_norm_forward(
     channel_axis: int,
     eps: float,
     out: _Array | None,
+    result: type[_Result],
     /,
-) -> tuple[_Array, _Array, _Array]: ...
+) -> _Result: ...
 def batch_norm_backward(
     dy: _Array,
     x: _Array,
@@ -68,8 +78,9 @@ def batch_norm_backward(
     training: bool,
     param_grads: bool,
     out: _Array | None,
+    result: type[_Result],
     /,
-) -> tuple[_Array, _Array | None, _Array | None]: ...
+) -> _Result: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> int: ...
 def available_isas() -> list[str]: ...

@@ -1,9 +1,10 @@
 """The CUDA kernels. Arguments are positional; what kind of arrays they are has been checked in `_arrays.py`."""
 
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 _Array = Any  # cupy.ndarray
 _Axis = int | tuple[int, ...]
+_Result = TypeVar("_Result")  # a named tuple of three
 
 class _BuildInfo(TypedDict):
     version: str
@@ -14,8 +15,15 @@ def layer_norm(
     x: _Array, weight: _Array | None, bias: _Array | None, axis: _Axis, eps: float, out: _Array | None, /
 ) -> _Array: ...
 def layer_norm_forward(
-    x: _Array, weight: _Array | None, bias: _Array | None, axis: _Axis, eps: float, out: _Array | None, /
-) -> tuple[_Array, _Array, _Array]: ...
+    x: _Array,
+    weight: _Array | None,
+    bias: _Array | None,
+    axis: _Axis,
+    eps: float,
+    out: _Array | None,
+    result: type[_Result],
+    /,
+) -> _Result: ...
 def layer_norm_backward(
     dy: _Array,
     x: _Array,
@@ -25,8 +33,9 @@ def layer_norm_backward(
     axis: _Axis,
     param_grads: bool,
     out: _Array | None,
+    result: type[_Result],
     /,
-) -> tuple[_Array, _Array | None, _Array | None]: ...
+) -> _Result: ...
 def batch_norm(
     x: _Array,
     running_mean: _Array,
@@ -48,8 +57,9 @@ def batch_norm_forward(
     channel_axis: int,
     eps: float,
     out: _Array | None,
+    result: type[_Result],
     /,
-) -> tuple[_Array, _Array, _Array]: ...
+) -> _Result: ...
 def batch_norm_backward(
     dy: _Array,
     x: _Array,
@@ -60,7 +70,8 @@ def batch_norm_backward(
     training: bool,
     param_grads: bool,
     out: _Array | None,
+    result: type[_Result],
     /,
-) -> tuple[_Array, _Array | None, _Array | None]: ...
+) -> _Result: ...
 def unavailable_reason() -> str | None: ...
 def build_info() -> _BuildInfo: ...

@@ -351,7 +351,7 @@ def _cuda_line() -> str:
     reason = cuda_reason() or "available"
     if cuda is None:
         return reason
-    build = cuda.module.build_info()
+    build = cuda.build_info()
     return f"{reason}; built with CUDA {build['cuda']} for architectures {build['architectures']}"
 
 

@@ -40,12 +40,12 @@ def layer_norm(x, weight=None, bias=None, *, axis=-1, eps=1e-5, out=None):
 
 def layer_norm_forward(x, weight=None, bias=None, *, axis=-1, eps=1e-5, out=None):
     """As `lanenorm.layer_norm_forward`."""
-    return NormForward(*_emulated().layer_norm_forward(x, weight, bias, axis, eps, out))
+    return _emulated().layer_norm_forward(x, weight, bias, axis, eps, out, NormForward)
 
 
 def layer_norm_backward(dy, x, mean, rstd, weight=None, *, axis=-1, param_grads=True, out=None):
     """As `lanenorm.layer_norm_backward`."""
-    return NormBackward(*_emulated().layer_norm_backward(dy, x, mean, rstd, weight, axis, param_grads, out))
+    return _emulated().layer_norm_backward(dy, x, mean, rstd, weight, axis, param_grads, out, NormBackward)
 
 
 def batch_norm(x, running_mean, running_var, weight=None, bias=None, *, channel_axis=1, eps=1e-5, out=None):
@@ -66,14 +66,16 @@ def batch_norm_forward(
     out=None,
 ):
     """As `lanenorm.batch_norm_forward`."""
-    arguments = (x, weight, bias, running_mean, running_var, momentum, channel_axis, eps, out)
-    return NormForward(*_emulated().batch_norm_forward(*arguments))
+    return _emulated().batch_norm_forward(
+        x, weight, bias, running_mean, running_var, momentum, channel_axis, eps, out, NormForward
+    )
 
 
 def batch_norm_backward(dy, x, mean, rstd, weight=None, *, channel_axis=1, training=True, param_grads=True, out=None):
     """As `lanenorm.batch_norm_backward`."""
-    arguments = (dy, x, mean, rstd, weight, channel_axis, training, param_grads, out)
-    return NormBackward(*_emulated().batch_norm_backward(*arguments))
+    return _emulated().batch_norm_backward(
+        dy, x, mean, rstd, weight, channel_axis, training, param_grads, out, NormBackward
+    )
 
 
 def set_device(

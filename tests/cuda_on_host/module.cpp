@@ -18,6 +18,8 @@ struct Emulated {
 
   Emulated(const char* /*operation*/, const Array& /*x*/) {}
 
+  static constexpr bool takes(const py::handle&) { return true; }
+
   static Array cast(const py::handle& object, const char* operation, const char* argument) {
     if (!py::isinstance<py::array>(object)) {
       errors::wrong_kind(operation, argument, Py_TYPE(object.ptr())->tp_name, "numpy.ndarray");
@@ -84,8 +86,7 @@ py::list take_launches() {
 PYBIND11_MODULE(_emulated, m) {
   m.doc() = "The CUDA operations on NumPy arrays, run by the emulator; use cuda_on_host's functions instead.";
   register_errors();
-  bind_layer_norm<Emulated>(m);
-  bind_batch_norm<Emulated>(m);
+  bind_operations<Emulated>(m);
   m.def("set_device", &set_device);
   m.def("set_schedule", &set_schedule);
   m.def("take_launches", &take_launches);
