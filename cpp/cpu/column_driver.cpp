@@ -427,13 +427,12 @@ class ColumnDriver {
     expand(static_cast<const C*>(p_.rstd) + t.statistic, t.columns, g->rstd);
   }
 
-  // sums: (3, padded(columns)), zeroed here.
+  // sums: (3, padded(columns)), written.
   void tile_sums(const Tile& t, std::int64_t s, const Gradients& g, double* sums) const {
     InputLines x = x_lines(), dy = dy_lines();
     Buffer& scratch = thread_buffer(Slot::sums);
     const std::int64_t pitch = padded(t.columns);
     scratch.reserve(3 * pitch * static_cast<std::int64_t>(sizeof(C)));
-    std::memset(sums, 0, static_cast<std::size_t>(3 * pitch) * 8);
     ColumnSums a;
     a.rows = segment_rows(s);
     a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
@@ -450,31 +449,28 @@ class ColumnDriver {
   // sums: one block of 3 arrays per segment, `stride` doubles apart. Fills the constants and, for BN, dweight, dbias.
   void finish_gradients(const Tile& t, double* sums, std::int64_t stride, Gradients* g) const {
     const std::int64_t pitch = padded(t.columns);
-    for (std::int64_t s = 1; s < segments_; ++s) add_partials(sums + s * stride, 3 * pitch, sums);
+    for (std::int64_t s = 1; s < segments_; ++s) {
+      for (std::int64_t array = 0; array < 3; ++array) {
+        add_partials(sums + s * stride + array * pitch, t.columns, sums + array * pitch);
+      }
+    }
     const bool per_statistic = plan_.affine == Affine::per_statistic;
     const C* weight = per_statistic && p_.weight != nullptr ? static_cast<const C*>(p_.weight) + t.statistic : nullptr;
-    for (std::int64_t s = 0; s < t.statistics; ++s) {
-      const std::int64_t first = s * fold_;
-      GradientSums total{0.0, 0.0, 0.0};
-      for (std::int64_t j = first; j < first + fold_; ++j) {
-        total.g += sums[j];
-        total.gt += sums[pitch + j];
-        total.t += sums[2 * pitch + j];
-      }
-      double dweight;
-      const GradientConstants<C> c =
-          finish_gradient<C>(total, static_cast<double>(plan_.reduced), static_cast<const C*>(p_.mean)[t.statistic + s],
-                             static_cast<const C*>(p_.rstd)[t.statistic + s],
-                             weight == nullptr ? 1.0 : static_cast<double>(weight[s]), p_.args.training, &dweight);
-      if (per_statistic && p_.dweight != nullptr) {
-        p_.dweight[t.statistic + s] = dweight;
-        p_.dbias[t.statistic + s] = total.g;
-      }
-      std::fill_n(g->shift + first, fold_, c.shift);
-      std::fill_n(g->minus_mean_g + first, fold_, c.minus_mean_g);
-      std::fill_n(g->minus_mean_gx + first, fold_, c.minus_mean_gx);
-      std::fill_n(g->factor + first, fold_, c.factor);
-    }
+    ColumnGradientFinish a;
+    a.sums = sums;
+    a.columns = t.columns;
+    a.fold = fold_;
+    a.count = static_cast<double>(plan_.reduced);
+    a.rstd = static_cast<const C*>(p_.rstd) + t.statistic;
+    a.weight = weight;
+    a.training = p_.args.training;
+    a.shift = g->shift;
+    a.minus_mean_g = g->minus_mean_g;
+    a.minus_mean_gx = g->minus_mean_gx;
+    a.factor = g->factor;
+    a.dweight = per_statistic && p_.dweight != nullptr ? p_.dweight + t.statistic : nullptr;
+    a.dbias = a.dweight == nullptr ? nullptr : p_.dbias + t.statistic;
+    p_.kernels.column_gradient_finish(a);
   }
 
   // Sums and constants of all segments of a tile.

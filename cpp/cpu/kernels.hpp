@@ -199,8 +199,20 @@ struct ColumnSums {
   std::int64_t rows, columns;
   const void* weight;       // (rows) C, or null
   const void *mean, *rstd;  // (columns) C
-  double* sums;             // (3, padded(columns)): g, g t, t
+  double* sums;             // (3, padded(columns)): g, g t, t; written
   void* scratch;            // 3 * padded(columns) C
+};
+
+// Constants of a backward from the sums of its columns, every `fold` of which belong to one statistic.
+struct ColumnGradientFinish {
+  const double* sums;  // (3, padded(columns)): g, g t, t
+  std::int64_t columns, fold;
+  double count;                                         // elements of a statistic
+  const void* rstd;                                     // (columns / fold) C
+  const void* weight;                                   // (columns / fold) C, or null
+  bool training;                                        // else the statistics are constants: dx = dy * factor
+  void *shift, *minus_mean_g, *minus_mean_gx, *factor;  // (padded(columns)) C
+  double *dweight, *dbias;                              // (columns / fold), or null
 };
 
 struct ColumnGradient {
@@ -235,6 +247,7 @@ struct KernelTable {
   void (*inference_constants)(const InferenceConstants&);
   void (*planes_apply)(const PlanesApply&);
   void (*column_sums)(const ColumnSums&);
+  void (*column_gradient_finish)(const ColumnGradientFinish&);
   void (*column_gradient)(const ColumnGradient&);
   void (*widen)(const void* values, std::int64_t count, void* out);   // T -> C
   void (*narrow)(const void* values, std::int64_t count, void* out);  // C -> T
