@@ -17,8 +17,13 @@ bool usable_in_place(const Vector& v, DType stored, DType compute) {
 }
 
 // weight and bias of so many rows are worth a copy that starts on a cache line: a vector that straddles two is read in
-// two cycles. 128 x 768, 16 bytes beside a line: 2.7 -> 2.4 ns a vector.
-bool read_often(const Plan& plan) { return plan.affine == Affine::per_element && plan.outer >= 8; }
+// two cycles. 128 x 768, 16 bytes beside a line: 2.7 -> 2.4 ns a vector. But each call writes it anew, and another
+// processor has to fetch it: 32 x 768 on two threads 3.4 -> 4.4 us, 9 where they do not share an L3.
+bool read_often(const Plan& plan, DType dtype) {
+  if (plan.affine != Affine::per_element || plan.outer < 8) return false;
+  const std::int64_t bytes = plan.elements * size(dtype);
+  return 2 * bytes < kSerialBytes || bytes >= (1 << 20) || get_num_threads() == 1;
+}
 
 // A small array read in compute type and Plan order: where it lies, or from a copy.
 class InputVector {
@@ -159,8 +164,8 @@ void update_running(const Args& a, const ExactStatistic* batch) {
 void norm_forward(const Args& args) {
   const FloatEnvironment environment;
   const DType compute = statistics_dtype(args.dtype);
-  const InputVector weight(args.weight, args.parameter_dtype, compute, read_often(args.plan));
-  const InputVector bias(args.bias, args.parameter_dtype, compute, read_often(args.plan));
+  const InputVector weight(args.weight, args.parameter_dtype, compute, read_often(args.plan, args.dtype));
+  const InputVector bias(args.bias, args.parameter_dtype, compute, read_often(args.plan, args.dtype));
   const OutputVector mean(args.mean, compute, args.plan.statistics);
   const OutputVector rstd(args.rstd, compute, args.plan.statistics);
   const bool running = args.running_mean.data != nullptr && args.plan.elements > 0;
@@ -191,7 +196,7 @@ void norm_forward(const Args& args) {
 void norm_backward(const Args& args) {
   const FloatEnvironment environment;
   const DType compute = statistics_dtype(args.dtype);
-  const InputVector weight(args.weight, args.parameter_dtype, compute, read_often(args.plan));
+  const InputVector weight(args.weight, args.parameter_dtype, compute, read_often(args.plan, args.dtype));
   const InputVector mean(args.mean, compute, compute);
   const InputVector rstd(args.rstd, compute, compute);
   const auto summed_in_place = [&](const Vector& v) {
