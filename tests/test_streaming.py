@@ -43,7 +43,7 @@ def isa(request):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
-@pytest.mark.parametrize("n", [5, 16, 64, 100, 250, 768, 1023, 2041, 5000])
+@pytest.mark.parametrize("n", [5, 16, 64, 100, 250, 768, 1023, 2041, 4096, 5000])
 def test_layer_norm_large_outputs_have_the_same_bits_everywhere(isa, n, dtype):
     if isa == "portable" and n not in (100, 768):
         pytest.skip("slow")
