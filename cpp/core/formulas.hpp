@@ -280,15 +280,18 @@ LANENORM_INLINE GradientTerms<D> gradient_terms(D g, D gt, D t, D count) {
   return terms;
 }
 
+// Frozen statistics: dx = dy * factor.
+template <class D>
+LANENORM_INLINE GradientTerms<D> frozen_terms(D gt, D zero) {
+  return {gt, zero, zero, zero};
+}
+
 template <class C>
 LANENORM_INLINE GradientConstants<C> finish_gradient(const GradientSums& sums, double count, C mean, C rstd,
                                                      double weight, bool training, double* dweight) {
   const C factor = static_cast<C>(static_cast<double>(rstd) * weight);
-  if (!training) {  // frozen statistics: dx = dy * factor
-    *dweight = sums.gt;
-    return {mean, rstd, C(0), C(0), C(0), factor};
-  }
-  const GradientTerms<double> terms = gradient_terms(sums.g, sums.gt, sums.t, count);
+  const GradientTerms<double> terms =
+      training ? gradient_terms(sums.g, sums.gt, sums.t, count) : frozen_terms(sums.gt, 0.0);
   *dweight = terms.gx;
   return {mean,
           rstd,

@@ -4,6 +4,8 @@
 // all its rows fits a cache, a piece is a tile: moments, constants and apply in a row, 2s. Else moments of all
 // segments first, then apply over whole lines, 3s. Same bits either way: a tile changes no order of operations, and
 // segments are merged in index order.
+//
+// Longer than 300 lines because forward and backward share the tiles and their constants.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -471,6 +473,7 @@ class ColumnDriver {
     a.dweight = per_statistic && p_.dweight != nullptr ? p_.dweight + t.statistic : nullptr;
     a.dbias = a.dweight == nullptr ? nullptr : p_.dbias + t.statistic;
     p_.kernels.column_gradient_finish(a);
+    for (C* values : {g->shift, g->minus_mean_g, g->minus_mean_gx, g->factor}) spread(t.columns, values);
   }
 
   // Sums and constants of all segments of a tile.

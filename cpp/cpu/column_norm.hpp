@@ -13,6 +13,8 @@
 //            4.1 u in columns of 8 rows: a column has one lane where a row has sixteen that average.)
 //   float64  a block is 8 rows, a superblock 64 rows with a pivot per column from its first block.
 // Superblocks of a piece are merged in index order, pieces as a binary tree of neighbours (column_driver.cpp).
+//
+// Longer than 300 lines because forward and backward read as one method, as in row_norm.hpp.
 #pragma once
 
 #include <cstdint>
@@ -440,22 +442,9 @@ void column_sums(const ColumnSums& a) {
   }
 }
 
-// A value of each statistic for each of its `fold` columns.
-template <class V>
-LANENORM_INLINE void spread(const typename V::Scalar* values, std::int64_t count, std::int64_t fold,
-                            typename V::Scalar* out) {
-  using S = typename V::Scalar;
-  for (std::int64_t s = 0; s < count; ++s) {
-    const V value = V::broadcast(values[s]);
-    for_vectors<V>(fold, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
-      store<S>(value, reinterpret_cast<char*>(out + s * fold + j), part);
-    });
-  }
-}
-
 // finish_gradient() of formulas.hpp, eight statistics at a time; of the columns of a statistic lane i adds every
 // eighth, then lanes by halving. (One by one they took a fifth of a backward of 32 x 1024.)
-template <class S, class V, class D>
+template <class S, class D>
 void column_gradient_finish(const ColumnGradientFinish& a) {
   const std::int64_t pitch = padded(a.columns), statistics = a.columns / a.fold;
   const D count = D::broadcast(a.count);
@@ -477,26 +466,15 @@ void column_gradient_finish(const ColumnGradientFinish& a) {
       return D::fold8(total);
     };
     const D g = sum(0), gt = sum(1), factor = of(a.rstd) * (a.weight == nullptr ? D::broadcast(1.0) : of(a.weight));
-    GradientTerms<D> terms{gt, D::zero(), D::zero(), D::zero()};
-    if (a.training) terms = gradient_terms(g, gt, sum(2), count);
+    const GradientTerms<D> terms = a.training ? gradient_terms(g, gt, sum(2), count) : frozen_terms(gt, D::zero());
     if (a.dweight != nullptr) {
       terms.gx.template store<double>(a.dweight + s, lanes);
       g.template store<double>(a.dbias + s, lanes);
     }
-    const auto constant = [&](D value, void* out_) LANENORM_LAMBDA_INLINE {
-      S* out = static_cast<S*>(out_) + s * a.fold;
-      if (a.fold == 1) {
-        value.template store<S>(out);
-      } else {
-        alignas(64) S values[8];
-        value.template store<S>(values);
-        spread<V>(values, lanes, a.fold, out);
-      }
-    };
-    constant(terms.minus_low, a.shift);
-    constant(terms.minus_mean_g, a.minus_mean_g);
-    constant(terms.minus_mean_gx, a.minus_mean_gx);
-    constant(factor, a.factor);
+    terms.minus_low.template store<S>(static_cast<S*>(a.shift) + s);
+    terms.minus_mean_g.template store<S>(static_cast<S*>(a.minus_mean_g) + s);
+    terms.minus_mean_gx.template store<S>(static_cast<S*>(a.minus_mean_gx) + s);
+    factor.template store<S>(static_cast<S*>(a.factor) + s);
   }
 }
 

@@ -48,9 +48,10 @@ struct Problem {
 // and 1.1.
 //
 // With one array less to keep an inference gains from the caches longer, and so do several threads, whose streaming
-// stores share a link to memory on some machines: on two cores of one L3 they streamed no more than one (9.4 MB of
-// inference 343 us, 162 in cache; forward of 6.2 MB 232 and 146), on two with an L3 each twice as much (200 us, 145;
-// 150 and 168). A backward, with one array more, gains sooner: 1568 x 768 (4.8 MB) on one thread 490 us, 400 streamed.
+// stores may share a link to memory: two threads of a virtual machine at times streamed no more than one (9.4 MB of
+// inference 343 us, 162 in cache; forward of 6.2 MB 232 and 146), at times twice as much (200 us, 145; 150 and 168),
+// and these are the sizes that lose little in either state. A backward, with one array more, gains sooner: 1568 x 768
+// (4.8 MB) on one thread 490 us, 400 streamed.
 constexpr std::int64_t stream_bytes(Operation operation, bool several_threads) {
   constexpr std::int64_t kMega = std::int64_t{1} << 20;
   if (operation == Operation::inference) return (several_threads ? 14 : 8) * kMega;

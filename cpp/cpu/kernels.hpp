@@ -211,7 +211,7 @@ struct ColumnGradientFinish {
   const void* rstd;                                     // (columns / fold) C
   const void* weight;                                   // (columns / fold) C, or null
   bool training;                                        // else the statistics are constants: dx = dy * factor
-  void *shift, *minus_mean_g, *minus_mean_gx, *factor;  // (padded(columns)) C
+  void *shift, *minus_mean_g, *minus_mean_gx, *factor;  // (padded(columns / fold)) C
   double *dweight, *dbias;                              // (columns / fold), or null
 };
 

@@ -207,7 +207,7 @@ class Stage {
   Stage(const Stage&) = delete;
   Stage& operator=(const Stage&) = delete;
 
-  bool active() const { return active_; }
+  LANENORM_INLINE bool active() const { return active_; }
 
   // How many rows lines() takes at once, at most 8.
   LANENORM_INLINE std::int64_t group() const { return active_ && 8 * row_bytes_ > kBytes ? kBytes / row_bytes_ : 8; }

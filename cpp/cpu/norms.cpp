@@ -18,11 +18,12 @@ bool usable_in_place(const Vector& v, DType stored, DType compute) {
 
 // weight and bias of so many rows are worth a copy that starts on a cache line: a vector that straddles two is read in
 // two cycles. 128 x 768, 16 bytes beside a line: 2.7 -> 2.4 ns a vector. But each call writes it anew, and another
-// processor has to fetch it: 32 x 768 on two threads 3.4 -> 4.4 us, 9 where they do not share an L3.
+// processor has to fetch it: 32 x 768 on two threads 3.4 -> 4.4 us. So not where a small call is shared by threads.
 bool read_often(const Plan& plan, DType dtype) {
   if (plan.affine != Affine::per_element || plan.outer < 8) return false;
   const std::int64_t bytes = plan.elements * size(dtype);
-  return 2 * bytes < kSerialBytes || bytes >= (1 << 20) || get_num_threads() == 1;
+  constexpr std::int64_t kLarge = 1 << 20;
+  return 2 * bytes < kSerialBytes || bytes >= kLarge || get_num_threads() == 1;
 }
 
 // A small array read in compute type and Plan order: where it lies, or from a copy.

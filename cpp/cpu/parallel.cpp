@@ -6,8 +6,8 @@
 //
 // The pieces are divided into a stretch for each thread, the same one in every job of as many pieces, since arrays are
 // used again and lie in the caches of the processor that used them last. A thread that has finished its stretch helps
-// the others with theirs. BN forward of 3.2 MB again and again on two threads: 1.5 times as fast as with one counter
-// where the processors share an L3, 2.9 times where each has its own.
+// the others with theirs. BN forward of 3.2 MB again and again on two threads: 1.5 to 2.9 times as fast as with one
+// counter, on a virtual machine whose two processors seem to share an L3 at times and at times not.
 //
 // All of it is a handful of atomic words and futexes, no mutex: a fork() at any moment can leave nothing locked.
 //

@@ -1,5 +1,5 @@
 // The thread pool: parallel_for runs fixed pieces of work on the caller and on pool threads. Which thread runs which
-// piece is left to chance, so results must be fixed by the pieces alone: a piece writes only memory of its own, and
+// piece is left to the pool, so results must be fixed by the pieces alone: a piece writes only memory of its own, and
 // what pieces leave is merged afterwards in index order.
 //
 // Own threads, not OpenMP, because libgomp hangs in a forked child, keeps its limits per calling thread, and spins for

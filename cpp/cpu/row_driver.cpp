@@ -4,6 +4,8 @@
 //                apply in one kernel call
 //   segments     everything else: a statistic is a list of segments; by statistic where there are enough of them to
 //                keep the threads busy, else segment by segment in two phases. Same bits either way.
+//
+// Longer than 300 lines because forward, inference and backward share how a statistic is cut.
 #include <cstring>
 #include <type_traits>
 
@@ -154,7 +156,7 @@ class RowDriver {
   // no bit depends on it. 32 x 768 on two threads: 24 and 8 rows, and so 16 each.
   std::int64_t even_rows(std::int64_t most) const {
     const std::int64_t threads = get_num_threads();
-    if (threads == 1 || plan_.outer >= 8 * threads * most) return most;
+    if (threads == 1 || p_.bytes(2) < kSerialBytes || plan_.outer >= 8 * threads * most) return most;
     std::int64_t best = most, least = plan_.outer;
     for (std::int64_t rows = most; 2 * rows >= most; rows -= larger(8, most / 64 * 8)) {
       const std::int64_t of_a_thread = ceil_div(ceil_div(plan_.outer, rows), threads) * rows;

@@ -54,7 +54,7 @@ constexpr KernelTable make_table() {
   t.inference_constants = &inference_constants<C, D>;
   t.planes_apply = &planes_apply<T, V>;
   t.column_sums = &column_sums<T, V, D>;
-  t.column_gradient_finish = &column_gradient_finish<C, V, D>;
+  t.column_gradient_finish = &column_gradient_finish<C, D>;
   t.column_gradient = &column_gradient<T, V, D>;
   t.widen = &convert<T, C>;
   t.narrow = &convert<C, T>;

@@ -6,7 +6,7 @@
 //
 //   Array                                a py::object, with whatever a View of it borrows
 //   static bool takes(object)                            whether it is an array of this library, where others may come
-//   static Array cast(object, operation, argument)       or errors::wrong_kind
+//   static Array cast(object, operation, argument)       of an object that it takes, or errors::wrong_kind
 //   static py::dtype dtype(array)
 //   static View view(array, dtype)
 //   Device(operation, x)                 made once a call, after its checks and before anything is allocated; on a GPU
@@ -24,6 +24,8 @@
 //    75 ns  memory of y: malloc and free of 3 KB, NumPy's array object
 //    65 ns  this file: arguments into Views
 //    40 ns  libc, thread-local storage, the clock
+//
+// Longer than 300 lines because a call is followed here from its arguments to its results, for both modules.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -3,7 +3,7 @@
 Every function calls the C++ module for NumPy arrays with positional arguments (keywords would double the cost of a
 call). Where that returns NotImplemented, because an array is none of NumPy's, the module for its library serves the
 call, or it is refused. A call on a small array takes about a microsecond in all: testing the types here, and naming
-the results, took a quarter of it.
+the results, took a quarter of it. (Most of these lines are the docstrings.)
 
 γ is `weight`, β is `bias`, x̂ the normalized value.
 """
