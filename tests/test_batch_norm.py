@@ -202,6 +202,14 @@ def test_batch_norm_mean_of_integers_is_exact(rng, isa, dtype, shape):
     assert np.array_equal(lanenorm.batch_norm_forward(x).mean, exact.astype(dtype))
 
 
+@pytest.mark.parametrize("shape", [(20, 12), (300, 12), (3, 12, 5, 5), (3, 12, 20, 20), (2, 12, 200, 200)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_batch_norm_of_the_largest_values(rng, isa, dtype, shape):
+    """Values whose distance from the mean is beyond the dtype's range."""
+    x = (np.finfo(dtype).max * rng.choice([-1.0, 0.5, 1.0], shape)).astype(dtype)
+    check_y(lanenorm.batch_norm_forward(x).y, reference.batch_norm_forward(x), context=f"{shape} {isa}")
+
+
 def test_batch_norm_eps_zero_on_constant_channel_is_nan(isa):
     x = np.array([[1, 1], [1, 2]], np.float32)
     y = lanenorm.batch_norm_forward(x, eps=0.0).y

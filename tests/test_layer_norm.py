@@ -18,6 +18,7 @@ from cases import (
     by_dtype,
     check_forward,
     check_layer_norm,
+    check_y,
     constant,
     hard_makers,
     innermost,
@@ -487,6 +488,19 @@ def test_layer_norm_without_param_grads(rng, isa):
 def test_layer_norm_of_single_rows_and_values(rng, shape):
     for dtype in DTYPES:
         check_layer_norm(normal(rng, shape, dtype, offset=2.0), normal(rng, shape, dtype))
+
+
+@pytest.mark.parametrize("count", [1, 2, 20, 100, 127, 128, 300, 5000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_layer_norm_of_the_largest_values(rng, isa, dtype, count):
+    """Values whose distance from the mean is beyond the dtype's range, along rows and along columns."""
+    x = (np.finfo(dtype).max * rng.choice([-1.0, 0.5, 1.0], (12, count))).astype(dtype)
+    x[0] = np.finfo(dtype).max * np.where(np.arange(count) == 0, -1.0, 1.0)
+    exact = reference.layer_norm(x, axis=1, eps=EPS)
+    check_y(lanenorm.layer_norm(x, eps=EPS), exact, context=f"{count} in a row, {isa}")
+    columns = np.ascontiguousarray(x.T)
+    exact = reference.layer_norm(columns, axis=0, eps=EPS)
+    check_y(lanenorm.layer_norm(columns, axis=0, eps=EPS), exact, context=f"{count} in a column, {isa}")
 
 
 def test_layer_norm_survives_large_offset_with_outlier_first(rng):

@@ -123,8 +123,14 @@ struct Statistic {
   Normalizer<C> normalizer;
 };
 
-// Limits of the fast path, by value and so the same everywhere: the variance must be finite and var + eps must not be
-// so small that the squares it is made of were subnormal (float32: 2^-126 < 2^-100; float64 likewise).
+// Limits of the fast path, by value and so the same everywhere: the variance must not be so large that x - mean may
+// overflow, though moments in double are finite (float32: |x - mean| > 2^128 takes 2^56 elements where the standard
+// deviation is below 2^100), and var + eps not so small that the squares it is made of were subnormal (float32:
+// 2^-126 < 2^-100; float64 likewise).
+template <class C>
+inline constexpr double kLargestVariance = 0x1p+200;
+template <>
+inline constexpr double kLargestVariance<double> = 0x1.fffffffffffffp+1023;
 template <class C>
 inline constexpr double kSmallestVariance = 0x1p-100;
 template <>
@@ -134,7 +140,7 @@ LANENORM_INLINE bool finite(double v) { return v - v == 0.0; }
 
 template <class C>
 LANENORM_INLINE bool out_of_range(double variance, double eps) {
-  return !finite(variance) | !(variance + eps >= kSmallestVariance<C>);
+  return !(variance <= kLargestVariance<C>) | !(variance + eps >= kSmallestVariance<C>);
 }
 
 // The scale to redo an out-of-range statistic with. float32 data are redone in double, which needs none; float64 data
