@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <deque>
 #include <mutex>
 #include <unordered_map>
@@ -14,6 +15,13 @@ namespace {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kRounding = std::size_t{64} << 10;  // of smaller blocks, so that like sizes share one
+
+// Where arrays lie within a page. NumPy's own large arrays begin 16 bytes into one; kernels that read x where they
+// write y, or several lines a multiple of 4 KB apart, are slower when y begins there too: a load waits for a store
+// before it to the same place of another page, and L1 holds 8 lines of one place. Backward of batch norm, 784 x 512 in
+// cache: 185 us with dx at the start of a page, 150 away from it.
+constexpr std::size_t kPage = 4096;
+constexpr std::size_t kPlaces[] = {1024, 2048, 3072};
 
 std::size_t rounded(std::size_t bytes) {
   const std::size_t unit = bytes >= kHugePage ? kHugePage : kRounding;
@@ -29,9 +37,11 @@ std::int64_t default_limit() {
   return std::min(pages * size / 16, std::int64_t{1} << 30);
 }
 
+// capacity bytes, and a page for the place within it.
 void* map(std::size_t capacity) {
   const bool huge = capacity >= kHugePage;
   const std::size_t spare = huge ? kHugePage : 0;
+  capacity += kPage;
   void* mapped = mmap(nullptr, capacity + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
   if (!huge) return mapped;
@@ -59,26 +69,28 @@ class Pool {
     if (best != free_.end()) {
       block = *best;
     } else {
-      block = {map(wanted), wanted};
-      if (block.base == nullptr) {  // what lies here may be what is missing
+      void* mapped = map(wanted);
+      if (mapped == nullptr) {  // what lies here may be what is missing
         drop(0);
-        block.base = map(wanted);
+        mapped = map(wanted);
       }
-      if (block.base == nullptr) return nullptr;
+      if (mapped == nullptr) return nullptr;
+      block = {static_cast<char*>(mapped) + kPlaces[next_place_], wanted};
+      next_place_ = (next_place_ + 1) % (sizeof kPlaces / sizeof kPlaces[0]);
     }
-    used_.emplace(block.base, block.capacity);
+    used_.emplace(block.array, block.capacity);
     used_bytes_ += block.capacity;
     if (best != free_.end()) {
       free_bytes_ -= block.capacity;
       free_.erase(best);
     }
-    return block.base;
+    return block.array;
   }
 
-  void release(void* base) {
+  void release(void* array) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = used_.find(base);
-    const Block block{base, found->second};
+    const auto found = used_.find(array);
+    const Block block{static_cast<char*>(array), found->second};
     used_.erase(found);
     used_bytes_ -= block.capacity;
     free_.push_back(block);
@@ -86,9 +98,9 @@ class Pool {
     drop(limit_);
   }
 
-  std::size_t capacity(const void* base) {
+  std::size_t capacity(const void* array) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return used_.at(const_cast<void*>(base));
+    return used_.at(const_cast<void*>(array));
   }
 
   PoolUse use() {
@@ -108,14 +120,15 @@ class Pool {
 
  private:
   struct Block {
-    void* base;
+    char* array;  // in the first page of what is mapped
     std::size_t capacity;
   };
 
   // Unmaps the blocks freed first until at most `limit` bytes are free.
   void drop(std::int64_t limit) {
     while (!free_.empty() && static_cast<std::int64_t>(free_bytes_) > limit) {
-      munmap(free_.front().base, free_.front().capacity);
+      char* const array = free_.front().array;
+      munmap(array - reinterpret_cast<std::uintptr_t>(array) % kPage, free_.front().capacity + kPage);
       free_bytes_ -= free_.front().capacity;
       free_.pop_front();
     }
@@ -124,7 +137,7 @@ class Pool {
   std::mutex mutex_;
   std::deque<Block> free_;  // in the order in which they were freed
   std::unordered_map<void*, std::size_t> used_;
-  std::size_t used_bytes_ = 0, free_bytes_ = 0;
+  std::size_t used_bytes_ = 0, free_bytes_ = 0, next_place_ = 0;
   std::int64_t limit_ = default_limit();
 };
 
