@@ -1,9 +1,10 @@
 // Columns: pieces of work for the kernels of column_norm.hpp.
 //
-// A matrix is cut into tiles of columns and segments of kPieceRows rows. Where a matrix is one segment, or a tile with
-// all its rows fits a cache, a piece is a tile: moments, constants and apply in a row, 2s. Else moments of all
-// segments first, then apply over whole lines, 3s. Same bits either way: a tile changes no order of operations, and
-// segments are merged in index order.
+// A matrix is cut into tiles of columns and segments of rows, as many as its shape gives. Where a matrix is one
+// segment, or a tile with all its rows fits a cache, a piece is a tile: moments, constants and apply in a row, 2s. Else
+// moments of all segments first, then apply over whole lines, 3s. Same bits either way: a tile changes no order of
+// operations (but where sums run along the rows, whose tiles depend on the shape alone), and segments are merged in
+// index order.
 //
 // Longer than 300 lines because forward and backward share the tiles and their constants.
 #include <algorithm>
@@ -15,10 +16,10 @@
 namespace lanenorm {
 namespace {
 
-// Elements of a tile: 512 KB of float32, half an L2 cache; and the bytes of its rows: a page each, 6 arrays of
-// constants of 1024 float32 are 24 KB of the 32 KB of L1. (BN of 32x2048x7x7 float16: 512 columns 2.7, 1024 2.4,
-// 2048 2.2 copies.)
-constexpr std::int64_t kTileElements = 131072;
+// Bytes of a row of a tile: a page. 6 arrays of constants of 1024 float32 are 24 KB of the 32 KB of L1. (BN of
+// 32x2048x7x7 float16: 512 columns 2.7, 1024 2.4, 2048 2.2 copies.) Narrower tiles, whose rows stay in L2 until they
+// are swept again, lose more by short stretches of memory than they gain: 784 x 512 in tiles of 160 columns forward 98,
+// backward 159 us, in one tile 75 and 128; 768 x 16384 6.5 and 11.4 ms, 4.9 and 9.5.
 constexpr std::int64_t kTileRowBytes = 4096;
 // A tile with all its rows up to this size is swept again while the last-level cache still holds it.
 constexpr std::int64_t kSlabBytes = 4 << 20;
@@ -33,27 +34,25 @@ class ColumnDriver {
         columns_(p.plan.inner),
         fold_(p.plan.fold),
         stream_(p.stream()) {
-    // Whole statistics and whole vectors, so that tiles start on cache lines where lines do: misaligned tiles of 7x7
-    // planes took twice the time.
-    // Of one segment, x stays in L2 until it is applied; of more it does not, and whole lines are read faster.
-    const std::int64_t most = kTileRowBytes / size(p.args.dtype);
-    const std::int64_t target =
-        rows_ > kPieceRows ? most : larger(128, smaller(most, kTileElements / larger(1, rows_)));
-    const std::int64_t unit = std::lcm(fold_, std::int64_t{16});
-    tile_ = smaller(columns_, larger(1, target / unit) * unit);
+    // Pieces of like size, an even number of them: two threads share 784 rows by halves. Of at least 256 KB of float32:
+    // 4096 x 64 in pieces of 256 rows took 8 % longer.
+    const std::int64_t least = larger(kPieceRows, smaller(4 * kPieceRows, 65536 / larger(1, columns_)));
+    segments_ = rows_ < 2 * least ? 1 : rows_ / least / 2 * 2;
+    piece_rows_ = ceil_div(ceil_div(rows_, segments_), 8) * 8;
+    segments_ = ceil_div(rows_, piece_rows_);
+    tile_ = tile_columns();
     tiles_ = ceil_div(columns_, tile_);
-    segments_ = ceil_div(rows_, kPieceRows);
   }
 
   void forward() const {
     if (by_tile()) {
       parallel_for(plan_.outer * tiles_, p_.bytes(2), [&](std::int64_t piece) {
         const Tile t = tile(piece);
-        Constants constants(t.columns, Slot::constants);
+        Constants constants(t.columns, first_line(t));
         double* moments = segment_buffer(4 * padded(t.columns));
         for (std::int64_t s = 0; s < segments_; ++s) tile_moments(t, s, moments + s * 4 * padded(t.columns));
         finish_tile(t, moments, 4 * padded(t.columns), &constants);
-        for (std::int64_t s = 0; s < segments_; ++s) apply(t, s, constants);
+        for (std::int64_t s = 0; s < segments_; ++s) apply(t, segment(s), constants);
       });
     } else {
       forward_in_phases();
@@ -65,26 +64,27 @@ class ColumnDriver {
     const auto array = [](const void* p, std::int64_t first) {
       return p == nullptr ? nullptr : static_cast<C*>(const_cast<void*>(p)) + first;
     };
-    parallel_for(plan_.outer * tiles_ * segments_, p_.bytes(2), [&](std::int64_t piece) {
-      const Tile t = tile(piece / segments_);
-      Constants c(1, Slot::constants);
+    const std::int64_t rows = larger(16, kPieceElements / tile_), parts = ceil_div(rows_, rows);
+    parallel_for(plan_.outer * tiles_ * parts, p_.bytes(2), [&](std::int64_t piece) {
+      const Tile t = tile(piece / parts);
+      const std::int64_t first = piece % parts * rows;
+      Constants c;
       c.mean = array(p_.mean, t.statistic);
       c.rstd = array(p_.rstd, t.statistic);
       c.shift = c.scale = nullptr;
       c.weight = array(p_.weight, t.statistic);
       c.bias = array(p_.bias, t.statistic);
-      apply(t, piece % segments_, c);
+      apply(t, {first, smaller(rows, rows_ - first)}, c);
     });
   }
 
   void backward() const {
-    const bool parameters = plan_.affine == Affine::per_element && p_.dweight != nullptr;
-    if (parameters) {
+    if (along_rows()) {
       backward_with_rows();
     } else if (by_tile()) {
       parallel_for(plan_.outer * tiles_, p_.bytes(3), [&](std::int64_t piece) {
         const Tile t = tile(piece);
-        Gradients g(t.columns);
+        Gradients g(t.columns, first_line(t));
         tile_gradients(t, &g);
         for (std::int64_t s = 0; s < segments_; ++s) gradient(t, s, g, nullptr, nullptr);
       });
@@ -102,6 +102,10 @@ class ColumnDriver {
     std::int64_t statistics;
   };
 
+  struct Rows {
+    std::int64_t first, count;
+  };
+
   Tile tile(std::int64_t piece) const {
     Tile t;
     t.matrix = piece / tiles_;
@@ -112,12 +116,31 @@ class ColumnDriver {
     return t;
   }
 
+  // Whole statistics and whole vectors, so that tiles start on cache lines where lines do: misaligned tiles of 7x7
+  // planes took twice the time. Of one segment, tiles are all that threads have to share, in equal parts; not where sums
+  // run along the rows, whose order of additions a tile is part of.
+  std::int64_t tile_columns() const {
+    const std::int64_t most = kTileRowBytes / size(p_.args.dtype), unit = std::lcm(fold_, std::int64_t{16});
+    std::int64_t target = most;
+    if (segments_ == 1 && plan_.outer == 1 && !along_rows()) {
+      const std::int64_t threads = get_num_threads();
+      target = larger(128, ceil_div(columns_, ceil_div(ceil_div(columns_, most), threads) * threads));
+    }
+    const std::int64_t up = ceil_div(target, unit) * unit;
+    return smaller(columns_, up <= most ? up : larger(1, target / unit) * unit);
+  }
+
+  // dweight and dbias of LN over a leading or middle axis.
+  bool along_rows() const { return plan_.affine == Affine::per_element && p_.dweight != nullptr; }
+
   bool by_tile() const {
     return segments_ == 1 ||
            (plan_.outer * tiles_ >= 2 * get_num_threads() && rows_ * tile_ * size(p_.args.dtype) <= kSlabBytes);
   }
 
-  std::int64_t segment_rows(std::int64_t s) const { return smaller(kPieceRows, rows_ - s * kPieceRows); }
+  Rows segment(std::int64_t s) const {
+    return {s * piece_rows_, smaller(piece_rows_, rows_ - s * piece_rows_)};
+  }
 
   double* segment_buffer(std::int64_t per_segment) const {
     Buffer& buffer = thread_buffer(Slot::columns);
@@ -129,19 +152,36 @@ class ColumnDriver {
   InputLines dy_lines() const { return {plan_.dy, p_.args.dy, p_.args.dtype, Slot::dy_table, Slot::dy_lines}; }
   OutputLines y_lines() const { return {plan_.y, p_.args.y, p_.args.dtype}; }
 
-  std::int64_t line(const Tile& t, std::int64_t s) const { return t.matrix * rows_ + s * kPieceRows; }
+  // Where the lines of a tile begin within a page, if they are a multiple of 4 KB apart; and how far from there what
+  // kernels keep of each column lies, whose arrays are 576 bytes apart (padded()).
+  const void* first_line(const Tile& t) const {
+    return static_cast<const char*>(p_.args.x) + t.first * size(p_.args.dtype);
+  }
+  static constexpr std::int64_t kConstants = 2112, kScratch = 3264;
+
+  // Constants of all tiles in one buffer.
+  static std::int64_t kept_bytes(std::int64_t elements) {
+    return elements * static_cast<std::int64_t>(sizeof(C)) + kBesidePage;
+  }
+  char* kept_of(const Tile& t, const Buffer& kept, std::int64_t index, std::int64_t elements) const {
+    return beside(kept.data() + index * kept_bytes(elements), first_line(t), kConstants);
+  }
+
+  std::int64_t line(const Tile& t, const Rows& r) const { return t.matrix * rows_ + r.first; }
 
   // ---- constants
 
   // Arrays of C per column in a thread's buffer: the arguments of column_apply.
   struct Constants {
-    Constants(std::int64_t columns, Slot slot) {
-      Buffer& buffer = thread_buffer(slot);
+    Constants(std::int64_t columns, const void* line) {
+      Buffer& buffer = thread_buffer(Slot::constants);
       const std::int64_t pitch = padded(columns);
-      buffer.reserve(kArrays * pitch * static_cast<std::int64_t>(sizeof(C)));
-      bind(buffer.template as<C>(), pitch);
+      buffer.reserve(kArrays * pitch * static_cast<std::int64_t>(sizeof(C)) + kBesidePage);
+      bind(beside(buffer.data(), line, kConstants), pitch);
     }
-    void bind(C* base, std::int64_t pitch) {
+    Constants() = default;
+    void bind(char* memory, std::int64_t pitch) {
+      C* base = reinterpret_cast<C*>(memory);
       mean = base;
       rstd = base + pitch;
       shift = base + 2 * pitch;
@@ -228,17 +268,17 @@ class ColumnDriver {
   }
 
   // weight or bias of the rows of a segment (LN), or `none`.
-  const C* of_rows(const void* parameters, C none, std::int64_t s) const {
-    if (parameters != nullptr) return static_cast<const C*>(parameters) + s * kPieceRows;
+  const C* of_rows(const void* parameters, C none, const Rows& rows) const {
+    if (parameters != nullptr) return static_cast<const C*>(parameters) + rows.first;
     Buffer& buffer = thread_buffer(none == C(1) ? Slot::ones : Slot::zeros);
-    buffer.reserve(kPieceRows * static_cast<std::int64_t>(sizeof(C)));
-    std::fill_n(buffer.as<C>(), segment_rows(s), none);
+    buffer.reserve(rows.count * static_cast<std::int64_t>(sizeof(C)));
+    std::fill_n(buffer.as<C>(), rows.count, none);
     return buffer.as<C>();
   }
 
   const C* weight_of_rows(std::int64_t s) const {
     if (plan_.affine == Affine::per_statistic || p_.weight == nullptr) return nullptr;
-    return static_cast<const C*>(p_.weight) + s * kPieceRows;
+    return static_cast<const C*>(p_.weight) + s * piece_rows_;
   }
 
   // ---- moments
@@ -246,14 +286,16 @@ class ColumnDriver {
   void tile_moments(const Tile& t, std::int64_t s, double* moments, bool wide = false, double scale = 1.0) const {
     InputLines x = x_lines();
     Buffer& scratch = thread_buffer(Slot::sums);
-    scratch.reserve(3 * padded(t.columns) * 8);
+    scratch.reserve(3 * padded(t.columns) * 8 + kBesidePage);
     ColumnMoments a;
-    a.rows = segment_rows(s);
-    a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
+    const Rows rows = segment(s);
+    a.rows = rows.count;
+    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
     a.columns = t.columns;
     a.scale = scale;
     a.moments = moments;
-    a.scratch = scratch.data();
+    a.scratch = beside(scratch.data(), first_line(t), kScratch);
+    a.ahead = stream_;
     wide ? p_.kernels.column_moments_wide(a) : p_.kernels.column_moments(a);
   }
 
@@ -262,7 +304,7 @@ class ColumnDriver {
     for (std::int64_t step = 1; step < segments_; step *= 2) {
       for (std::int64_t s = 0; s + step < segments_; s += 2 * step) {
         const auto rows_of = [&](std::int64_t first) {
-          return static_cast<double>(smaller(step * kPieceRows, rows_ - first * kPieceRows));
+          return static_cast<double>(smaller(step * piece_rows_, rows_ - first * piece_rows_));
         };
         p_.kernels.column_merge(
             {moments + s * stride, moments + (s + step) * stride, columns, rows_of(s), rows_of(s + step)});
@@ -343,13 +385,13 @@ class ColumnDriver {
 
   // ---- forward
 
-  void apply(const Tile& t, std::int64_t s, const Constants& c) const {
+  void apply(const Tile& t, const Rows& rows, const Constants& c) const {
     InputLines x = x_lines();
     OutputLines y = y_lines();
     ColumnApply a;
-    a.rows = segment_rows(s);
-    a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
-    a.y = y.get(line(t, s), 1, a.rows, t.first, t.columns);
+    a.rows = rows.count;
+    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.y = y.get(line(t, rows), 1, a.rows, t.first, t.columns);
     a.columns = t.columns;
     a.mean = c.mean;
     a.rstd = c.rstd;
@@ -357,8 +399,8 @@ class ColumnDriver {
     a.rstd_low = c.rstd_low;
     a.scale = c.general ? c.scale : nullptr;
     a.per_row = plan_.affine == Affine::per_element;
-    a.weight = a.per_row ? of_rows(p_.weight, C(1), s) : c.weight;
-    a.bias = a.per_row ? of_rows(p_.bias, -C(0), s) : c.bias;
+    a.weight = a.per_row ? of_rows(p_.weight, C(1), rows) : c.weight;
+    a.bias = a.per_row ? of_rows(p_.bias, -C(0), rows) : c.bias;
     a.stream = stream_;
     p_.kernels.column_apply(a);
     y.finish();
@@ -374,14 +416,14 @@ class ColumnDriver {
     });
     // Constants of all tiles stay until apply.
     const std::int64_t pitch = padded(tile_);
-    Buffer kept(tiles * Constants::kArrays * pitch * static_cast<std::int64_t>(sizeof(C)));
+    Buffer kept(tiles * kept_bytes(Constants::kArrays * pitch));
     Buffer general(tiles);
     parallel_for(tiles, tiles * segments_ * stride * 8, [&](std::int64_t piece) {
       const Tile t = tile(piece);
-      Constants c(t.columns, Slot::constants);
+      Constants c(t.columns, first_line(t));
       finish_tile(t, moments + piece * segments_ * stride, stride, &c);
-      Constants to(1, Slot::constants);
-      to.bind(kept.as<C>() + piece * Constants::kArrays * pitch, pitch);
+      Constants to;
+      to.bind(kept_of(t, kept, piece, Constants::kArrays * pitch), pitch);
       copy(c.mean, t.columns, to.mean);
       copy(c.rstd, t.columns, to.rstd);
       copy(c.shift, t.columns, to.shift);
@@ -396,10 +438,11 @@ class ColumnDriver {
     // Backwards: what was read last may still be in the cache.
     parallel_for(tiles * segments_, p_.bytes(2), [&](std::int64_t backwards) {
       const std::int64_t piece = tiles * segments_ - 1 - backwards, index = piece / segments_;
-      Constants c(1, Slot::constants);
-      c.bind(kept.as<C>() + index * Constants::kArrays * pitch, pitch);
+      const Tile t = tile(index);
+      Constants c;
+      c.bind(kept_of(t, kept, index, Constants::kArrays * pitch), pitch);
       c.general = general.data()[index];
-      apply(tile(index), piece % segments_, c);
+      apply(t, segment(piece % segments_), c);
     });
   }
 
@@ -407,13 +450,17 @@ class ColumnDriver {
 
   // Arrays of C per column: the arguments of column_sums and column_gradient.
   struct Gradients {
-    explicit Gradients(std::int64_t columns) {
+    Gradients(std::int64_t columns, const void* line) {
       Buffer& buffer = thread_buffer(Slot::constants);
       const std::int64_t pitch = padded(columns);
-      buffer.reserve(6 * pitch * static_cast<std::int64_t>(sizeof(C)));
-      bind(buffer.template as<C>(), pitch);
+      buffer.reserve(kArrays * pitch * static_cast<std::int64_t>(sizeof(C)) + kBesidePage);
+      bind(beside(buffer.data(), line, kConstants), pitch);
     }
-    void bind(C* base, std::int64_t pitch) {
+    Gradients(char* memory, std::int64_t pitch) { bind(memory, pitch); }
+    static constexpr int kArrays = 6;
+
+    void bind(char* memory, std::int64_t pitch) {
+      C* base = reinterpret_cast<C*>(memory);
       mean = base;
       rstd = base + pitch;
       shift = base + 2 * pitch;
@@ -434,17 +481,19 @@ class ColumnDriver {
     InputLines x = x_lines(), dy = dy_lines();
     Buffer& scratch = thread_buffer(Slot::sums);
     const std::int64_t pitch = padded(t.columns);
-    scratch.reserve(3 * pitch * static_cast<std::int64_t>(sizeof(C)));
+    scratch.reserve(3 * pitch * static_cast<std::int64_t>(sizeof(C)) + kBesidePage);
     ColumnSums a;
-    a.rows = segment_rows(s);
-    a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
-    a.dy = dy.get(line(t, s), 1, a.rows, t.first, t.columns);
+    const Rows rows = segment(s);
+    a.rows = rows.count;
+    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.dy = dy.get(line(t, rows), 1, a.rows, t.first, t.columns);
     a.columns = t.columns;
     a.weight = weight_of_rows(s);
     a.mean = g.mean;
     a.rstd = g.rstd;
     a.sums = sums;
-    a.scratch = scratch.data();
+    a.scratch = beside(scratch.data(), first_line(t), kScratch);
+    a.ahead = stream_;
     p_.kernels.column_sums(a);
   }
 
@@ -490,10 +539,11 @@ class ColumnDriver {
     InputLines x = x_lines(), dy = dy_lines();
     OutputLines dx = y_lines();
     ColumnGradient a;
-    a.rows = segment_rows(s);
-    a.x = x.get(line(t, s), 1, a.rows, t.first, t.columns);
-    a.dy = dy.get(line(t, s), 1, a.rows, t.first, t.columns);
-    a.dx = dx.get(line(t, s), 1, a.rows, t.first, t.columns);
+    const Rows rows = segment(s);
+    a.rows = rows.count;
+    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.dy = dy.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.dx = dx.get(line(t, rows), 1, a.rows, t.first, t.columns);
     a.columns = t.columns;
     a.weight = weight_of_rows(s);
     a.mean = g.mean;
@@ -502,8 +552,8 @@ class ColumnDriver {
     a.minus_mean_g = g.minus_mean_g;
     a.minus_mean_gx = g.minus_mean_gx;
     a.factor = g.factor;
-    a.dweight = dweight == nullptr ? nullptr : dweight + s * kPieceRows;
-    a.dbias = dbias == nullptr ? nullptr : dbias + s * kPieceRows;
+    a.dweight = dweight == nullptr ? nullptr : dweight + s * piece_rows_;
+    a.dbias = dbias == nullptr ? nullptr : dbias + s * piece_rows_;
     a.stream = stream_;
     p_.kernels.column_gradient(a);
     dx.finish();
@@ -512,12 +562,10 @@ class ColumnDriver {
   void backward_in_phases() const {
     const std::int64_t tiles = plan_.outer * tiles_, stride = 3 * padded(tile_), pitch = padded(tile_);
     Buffer sums_buffer(tiles * segments_ * stride * 8);
-    Buffer kept(tiles * 6 * pitch * static_cast<std::int64_t>(sizeof(C)));
+    Buffer kept(tiles * kept_bytes(Gradients::kArrays * pitch));
     double* sums = sums_buffer.as<double>();
     const auto gradients_of = [&](std::int64_t index) {
-      Gradients g(1);
-      g.bind(kept.as<C>() + index * 6 * pitch, pitch);
-      return g;
+      return Gradients(kept_of(tile(index), kept, index, Gradients::kArrays * pitch), pitch);
     };
     for (std::int64_t i = 0; i < tiles; ++i) {
       Gradients g = gradients_of(i);
@@ -551,7 +599,7 @@ class ColumnDriver {
       const std::int64_t first = piece / tiles_ * chunk;
       for (std::int64_t matrix = first; matrix < smaller(first + chunk, plan_.outer); ++matrix) {
         const Tile t = tile(matrix * tiles_ + piece % tiles_);
-        Gradients g(t.columns);
+        Gradients g(t.columns, first_line(t));
         tile_gradients(t, &g);
         for (std::int64_t s = 0; s < segments_; ++s) gradient(t, s, g, dweight, dweight + rows_);
       }
@@ -564,7 +612,7 @@ class ColumnDriver {
 
   const Problem& p_;
   const Plan& plan_;
-  std::int64_t rows_, columns_, fold_, tile_, tiles_, segments_;
+  std::int64_t rows_, columns_, fold_, tile_, tiles_, segments_, piece_rows_;
   bool stream_;
 };
 

@@ -122,6 +122,7 @@ struct ColumnMoments {
   double scale;     // x is multiplied by it (redo only)
   double* moments;  // (4, padded(columns))
   void* scratch;    // 3 * padded(columns) doubles
+  bool ahead;       // fetch the rows that follow: x comes from memory
 };
 
 // Moments of pieces of count_a and count_b rows joined into `a`; a comes first.
@@ -201,6 +202,7 @@ struct ColumnSums {
   const void *mean, *rstd;  // (columns) C
   double* sums;             // (3, padded(columns)): g, g t, t; written
   void* scratch;            // 3 * padded(columns) C
+  bool ahead;               // fetch the rows that follow: x and dy come from memory
 };
 
 // Constants of a backward from the sums of its columns, every `fold` of which belong to one statistic.
@@ -259,8 +261,9 @@ constexpr std::int64_t vector_elements(DType dtype) { return dtype == DType::flo
 // Vectors in a piece of a row: 64 superblocks of 64 vectors, 65536 float32 elements = 256 KB, a quarter of an L2 cache.
 inline constexpr std::int64_t kPieceVectors = 4096;
 
-// Rows of a matrix in a piece: 16 superblocks of 64 rows; the partial moments of a piece are 1 % of its data.
-inline constexpr std::int64_t kPieceRows = 1024;
+// Least rows of a matrix in a piece, where there are as many: 4 superblocks of 64 rows; the partial moments of a piece
+// are 3 % of its data.
+inline constexpr std::int64_t kPieceRows = 256;
 
 // Rows of a backward that are swept together: dweight and dbias are loaded and stored once per 4 rows, and the 6
 // constants of 4 rows fit the 32 registers of AVX-512 (of 8 rows they were loaded again for every vector). The tree
@@ -268,9 +271,12 @@ inline constexpr std::int64_t kPieceRows = 1024;
 inline constexpr std::int64_t kRowBlock = 4;
 inline constexpr std::int64_t kFlushRows = 32;  // then the float32 sums go to double
 
-// Column arrays are padded to whole vectors, so that kernels may write all lanes, and to an odd number of cache lines:
-// with 1024 columns the arrays of one tile would otherwise lie 4 KB apart and evict each other from L1. Always inlined,
-// since ISA units call it: no copy of it may be left for the linker to choose (core/isa.hpp).
-[[gnu::always_inline]] constexpr std::int64_t padded(std::int64_t columns) { return ((columns + 15) / 16 | 1) * 16; }
+// Column arrays are padded to whole vectors, so that kernels may write all lanes; and longer ones by nine cache lines
+// more: those of one tile would otherwise lie 4 KB apart and evict each other from L1, which has room for 8 lines at
+// one place within a page. Always inlined, since ISA units call it: no copy of it may be left for the linker to choose
+// (core/isa.hpp).
+[[gnu::always_inline]] constexpr std::int64_t padded(std::int64_t columns) {
+  return ((columns + 15) / 16 | 1) * 16 + (columns < 256 ? 0 : 128);
+}
 
 }  // namespace lanenorm

@@ -49,7 +49,11 @@ std::int64_t pitch(std::int64_t length, std::int64_t size) { return (length * si
 template <class Pointer>
 void fill_table(const Loop& lines, Pointer base, std::int64_t first, std::int64_t step, std::int64_t count,
                 Pointer* table) {
-  if (step == 1) {
+  if (lines.axes == 1) {  // of 784 rows of 512 columns the way below took 5 % of a backward
+    const std::int64_t stride = lines.stride[0] * step;
+    Pointer line = base + first * lines.stride[0];
+    for (std::int64_t i = 0; i < count; ++i, line += stride) table[i] = line;
+  } else if (step == 1) {
     Buffer& buffer = thread_buffer(Slot::offsets);
     buffer.reserve(count * 8);
     std::int64_t* bytes = buffer.as<std::int64_t>();
