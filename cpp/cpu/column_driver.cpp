@@ -200,22 +200,14 @@ class ColumnDriver {
     std::memcpy(out, values, static_cast<std::size_t>(count) * sizeof(C));
   }
 
-  // values[statistics] -> out[columns]
-  void expand(const C* values, std::int64_t columns, C* out) const {
-    if (fold_ == 1) {
-      std::memcpy(out, values, static_cast<std::size_t>(columns) * sizeof(C));
-      return;
-    }
-    for (std::int64_t s = 0; s < columns / fold_; ++s) std::fill_n(out + s * fold_, fold_, values[s]);
+  void spread(std::int64_t columns, C* values) const {
+    if (fold_ > 1) p_.kernels.column_spread({values, columns / fold_, fold_});
   }
 
-  // In place, from the front of the array; the last statistic first.
-  void spread(std::int64_t columns, C* values) const {
-    if (fold_ == 1) return;
-    for (std::int64_t s = columns / fold_ - 1; s >= 0; --s) {
-      const C value = values[s];
-      std::fill_n(values + s * fold_, fold_, value);
-    }
+  // values[statistics] -> out[columns]
+  void expand(const C* values, std::int64_t columns, C* out) const {
+    copy(values, columns / fold_, out);
+    spread(columns, out);
   }
 
   // From one value a statistic to one a column; BN's weight is folded in where it may be.
@@ -239,10 +231,9 @@ class ColumnDriver {
     const C* bias = of_tile(p_.bias);
     // Into the arrays of weight and bias: rstd and shift are still needed where a weight may not be folded.
     C *factor = c->weight, *shift = c->bias;
-    p_.kernels.column_weight({t.statistics, c->rstd, c->rstd_low, c->shift, weight, factor, shift});
-    bool all = !c->scaled;
-    for (std::int64_t s = 0; s < t.statistics; ++s) all &= foldable(factor[s], weight == nullptr ? C(1) : weight[s]);
-    if (all) {
+    const bool all =
+        p_.kernels.column_weight({t.statistics, c->rstd, c->rstd_low, c->shift, weight, factor, shift});
+    if (all && !c->scaled) {
       std::swap(c->rstd, c->weight);
       std::swap(c->shift, c->bias);
     } else {
@@ -316,21 +307,24 @@ class ColumnDriver {
   void finish_tile(const Tile& t, double* moments, std::int64_t stride, Constants* c) const {
     double* folded = join(t, moments, stride);
     const double count = static_cast<double>(plan_.reduced);
-    p_.kernels.column_finish({folded, t.statistics, count, p_.args.eps, c->mean, c->rstd, c->rstd_low, c->shift});
+    const bool in_range =
+        p_.kernels.column_finish({folded, t.statistics, count, p_.args.eps, c->mean, c->rstd, c->rstd_low, c->shift});
     C* mean = static_cast<C*>(p_.mean) + t.statistic;
     C* rstd = static_cast<C*>(p_.rstd) + t.statistic;
     std::memcpy(mean, c->mean, static_cast<std::size_t>(t.statistics) * sizeof(C));
     std::memcpy(rstd, c->rstd, static_cast<std::size_t>(t.statistics) * sizeof(C));
     const double* m2 = folded + 3 * padded(t.statistics);
     if (p_.exact != nullptr) keep_exact(t, folded);
-    bool tiny = false, huge = false;  // float64 has a scale for each
-    for (std::int64_t s = 0; s < t.statistics; ++s) {
-      const bool out = out_of_range<C>(m2[s] / count, p_.args.eps), is_finite = finite(m2[s]);
-      tiny |= out & is_finite;
-      huge |= out & !is_finite;
+    if (!in_range) {
+      bool tiny = false, huge = false;  // float64 has a scale for each
+      for (std::int64_t s = 0; s < t.statistics; ++s) {
+        const bool out = out_of_range<C>(m2[s] / count, p_.args.eps), is_finite = finite(m2[s]);
+        tiny |= out & is_finite;
+        huge |= out & !is_finite;
+      }
+      if (tiny) redo(t, m2, true, c, mean, rstd);
+      if (huge) redo(t, m2, false, c, mean, rstd);
     }
-    if (tiny) redo(t, m2, true, c, mean, rstd);
-    if (huge) redo(t, m2, false, c, mean, rstd);
     spread_constants(t, c);
   }
 

@@ -141,6 +141,12 @@ struct ColumnFold {
   double* folded;  // (4, padded(columns / fold))
 };
 
+// One value a statistic becomes one a column.
+struct ColumnSpread {
+  void* values;  // (padded(statistics * fold)) C
+  std::int64_t statistics, fold;
+};
+
 // mean, rstd and the low part of the mean, as Statistic<C> has them, for statistics in range.
 struct ColumnFinish {
   const double* moments;  // (4, padded(columns))
@@ -243,8 +249,9 @@ struct KernelTable {
   void (*column_moments_wide)(const ColumnMoments&);
   void (*column_merge)(const ColumnMerge&);
   void (*column_fold)(const ColumnFold&);
-  void (*column_finish)(const ColumnFinish&);
-  void (*column_weight)(const ColumnWeight&);
+  void (*column_spread)(const ColumnSpread&);
+  bool (*column_finish)(const ColumnFinish&);
+  bool (*column_weight)(const ColumnWeight&);
   void (*column_apply)(const ColumnApply&);
   void (*inference_constants)(const InferenceConstants&);
   void (*planes_apply)(const PlanesApply&);

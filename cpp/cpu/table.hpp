@@ -48,6 +48,7 @@ constexpr KernelTable make_table() {
   t.column_moments_wide = &column_moments<T, V, D, true>;
   t.column_merge = &column_merge<D>;
   t.column_fold = &column_fold<D>;
+  t.column_spread = &column_spread<V>;
   t.column_finish = &column_finish<C, D>;
   t.column_weight = &column_weight<C, D>;
   t.column_apply = &column_apply<T, V>;
