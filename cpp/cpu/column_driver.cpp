@@ -21,6 +21,8 @@ namespace {
 // are swept again, lose more by short stretches of memory than they gain: 784 x 512 in tiles of 160 columns forward 98,
 // backward 159 us, in one tile 75 and 128; 768 x 16384 6.5 and 11.4 ms, 4.9 and 9.5.
 constexpr std::int64_t kTileRowBytes = 4096;
+// Matrices from this size on are cut for several threads: 32 x 1024 took 13 us on one and 17 on two.
+constexpr std::int64_t kSharedElements = 65536;
 // A tile with all its rows up to this size is swept again while the last-level cache still holds it.
 constexpr std::int64_t kSlabBytes = 4 << 20;
 
@@ -64,7 +66,7 @@ class ColumnDriver {
     const auto array = [](const void* p, std::int64_t first) {
       return p == nullptr ? nullptr : static_cast<C*>(const_cast<void*>(p)) + first;
     };
-    const std::int64_t rows = larger(16, kPieceElements / tile_), parts = ceil_div(rows_, rows);
+    const std::int64_t rows = larger(16, 2 * kPieceElements / tile_), parts = ceil_div(rows_, rows);
     parallel_for(plan_.outer * tiles_ * parts, p_.bytes(2), [&](std::int64_t piece) {
       const Tile t = tile(piece / parts);
       const std::int64_t first = piece % parts * rows;
@@ -122,7 +124,7 @@ class ColumnDriver {
   std::int64_t tile_columns() const {
     const std::int64_t most = kTileRowBytes / size(p_.args.dtype), unit = std::lcm(fold_, std::int64_t{16});
     std::int64_t target = most;
-    if (segments_ == 1 && plan_.outer == 1 && !along_rows()) {
+    if (segments_ == 1 && plan_.outer == 1 && plan_.elements >= kSharedElements && !along_rows()) {
       const std::int64_t threads = get_num_threads();
       target = larger(128, ceil_div(columns_, ceil_div(ceil_div(columns_, most), threads) * threads));
     }
