@@ -103,6 +103,19 @@ def test_pool_does_not_waste_a_large_block_on_a_small_output(pool):
     del small
 
 
+def test_pool_arrays_lie_on_cache_lines_beside_each_other_and_the_start_of_a_page(pool):
+    arrays = [make(megabytes) for megabytes in (1, 2, 4, 6)]
+    places = [y.ctypes.data % 4096 for y in arrays]
+    assert all(place % 64 == 0 and place % 512 != 0 for place in places)
+    assert len({place // 64 for place in places}) == 3
+    for y in arrays:
+        y[...] = 1  # the whole of it is there
+    del arrays, y
+    assert pool.free_bytes() == 13 << 20
+    pool.free_all_blocks()
+    assert pool.free_bytes() == 0
+
+
 @pytest.mark.parametrize(("size", "error"), [(1.5, TypeError), (True, TypeError), (None, TypeError), (-1, ValueError)])
 def test_pool_refuses_other_limits(pool, size, error):
     limit = pool.get_limit()

@@ -8,14 +8,15 @@
 // columns at a time; what is known of each column (pivot, sums) lives in L1 meanwhile.
 //
 // The order of operations, where it differs from blocks.hpp:
-//   float32  (and 16-bit) A column of kLongColumn rows or more adds d = x - q and d^2 in float32, tree by tree of 8 rows,
+//   float32  (and 16-bit) A column of kLongColumn rows or more adds d = x - q and d^2 in float32, tree by tree of 8
+//   rows,
 //            over a superblock of 64 rows, whose pivot q is the mean of the superblock before it (the first: of
 //            kPivotRows rows), rounded to 2^-8 of the deviation. Superblocks join sums about the first pivot in double.
 //            Where the squares about the pivots exceed m2 by more than kSpread allows, as in blocks.hpp, the column is
 //            swept again in double. 4096 x 64: moments 1.9 -> 1.3 ns a vector against double throughout, in which the
 //            conversions take half the time.
-//            A shorter column adds d = x - x0 and d^2 row by row in double: it has one lane where a row has sixteen that
-//            average, and blocks in float32 left up to 4.1 u of columns of 8 rows.
+//            A shorter column adds d = x - x0 and d^2 row by row in double: it has one lane where a row has sixteen
+//            that average, and blocks in float32 left up to 4.1 u of columns of 8 rows.
 //   float64  a block is 8 rows, a superblock 64 rows with a pivot per column from its first block.
 // Superblocks of a piece are merged in index order, pieces as a binary tree of neighbours (column_driver.cpp).
 //   backward sums: trees of 4 rows (kRowBlock), which join float32 sums of kFlushRows rows, and these join double.
@@ -207,7 +208,8 @@ LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
     add_all_rows_float32<T, V, true>(a, begin, end, reinterpret_cast<const char*>(own), own_sums, own_squares);
     const D count = D::broadcast(static_cast<double>(end - begin));
     for_vectors<V>(a.columns, [&](std::int64_t j, auto) LANENORM_LAMBDA_INLINE {
-      const V pivot = load_lanes<V>(own + j), sum = load_lanes<V>(own_sums + j), square = load_lanes<V>(own_squares + j);
+      const V pivot = load_lanes<V>(own + j), sum = load_lanes<V>(own_sums + j),
+              square = load_lanes<V>(own_squares + j);
       LANENORM_UNROLL
       for (int half = 0; half < 2; ++half) {
         const std::int64_t k = j + 8 * half;
@@ -464,11 +466,13 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
   char* const* y = reinterpret_cast<char* const*>(a.y) + row;
   const bool stream = a.stream && on_cache_lines(y, N);
   const std::int64_t distance = rows_ahead<N, T>(a.columns);
-  const std::int64_t ahead = stream && row + N + distance <= a.rows ? distance : 0;
+  const std::int64_t ahead = a.next > 0 ? 0 : distance;
+  const bool fetching = stream && (a.next > 0 || row + N + distance <= a.rows);
   // Read once: y might point to them, as far as a compiler knows.
   const S *means = static_cast<const S*>(a.mean), *rstds = static_cast<const S*>(a.rstd);
   const S *rstd_lows = static_cast<const S*>(a.rstd_low), *shifts = static_cast<const S*>(a.shift);
   const S* scales = static_cast<const S*>(a.scale);
+  const std::int64_t next = a.next;
   for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const auto of_column = [&](const S* p) LANENORM_LAMBDA_INLINE {
       return load<S, V>(reinterpret_cast<const char*>(p + j), part);
@@ -485,7 +489,7 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
     V v[N];
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (ahead > 0) fetch(x[r + ahead] + at);
+      if (fetching) fetch(x[r + ahead] + at + next);
       v[r] = load<T, V>(x[r] + at, part);
     }
     LANENORM_UNROLL
@@ -654,10 +658,12 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
   char* const* dx = reinterpret_cast<char* const*>(a.dx) + row;
   const bool stream = a.stream && on_cache_lines(dx, N);
   const std::int64_t distance = rows_ahead<N, T>(a.columns);
-  const std::int64_t ahead = stream && row + N + distance <= a.rows ? distance : 0;
+  const std::int64_t ahead = a.next > 0 ? 0 : distance;
+  const bool fetching = stream && (a.next > 0 || row + N + distance <= a.rows);
   const S *means = static_cast<const S*>(a.mean), *rstds = static_cast<const S*>(a.rstd);
   const S *shifts = static_cast<const S*>(a.shift), *factors = static_cast<const S*>(a.factor);
   const S *gs_ = static_cast<const S*>(a.minus_mean_g), *gxs_ = static_cast<const S*>(a.minus_mean_gx);
+  const std::int64_t next = a.next;
   D dweight[N], dbias[N];
   LANENORM_UNROLL
   for (int r = 0; r < N; ++r) dweight[r] = dbias[r] = D::zero();
@@ -672,12 +678,12 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
     V gs[N], xs[N];
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (ahead > 0) fetch(x[r + ahead] + at);
+      if (fetching) fetch(x[r + ahead] + at + next);
       xs[r] = load<T, V>(x[r] + at, part);
     }
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (ahead > 0) fetch(dy[r + ahead] + at);
+      if (fetching) fetch(dy[r + ahead] + at + next);
       gs[r] = load<T, V>(dy[r] + at, part);
     }
     LANENORM_UNROLL

@@ -177,7 +177,8 @@ struct ColumnApply {
   const void* weight;       // LN: (rows) C; BN: (columns) C, with scale; inference: or null
   const void* bias;         // LN: (rows) C; BN: (columns) C
   bool per_row;
-  bool stream;  // write y past the caches, where rows start on cache lines
+  bool stream;        // write y past the caches, where rows start on cache lines
+  std::int64_t next;  // with stream: bytes to the columns that are needed next and fetched; 0: the rows that follow
 };
 
 // rstd = 1 / sqrt(variance + eps) and factor = rstd * weight.
@@ -232,6 +233,7 @@ struct ColumnGradient {
   const void *mean, *rstd, *shift, *minus_mean_g, *minus_mean_gx, *factor;  // (columns) C
   double *dweight, *dbias;  // (rows) running totals over the columns, or null
   bool stream;              // as in ColumnApply
+  std::int64_t next;        // as in ColumnApply
 };
 
 // ---- the table ---------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 // costs 45 ms on 4 KB pages and 8.5 ms on huge pages before anything is written to it, touched memory 6 ms for the
 // whole fill.
 //
-// A block is mapped on its own, at a border of 2 MB with huge pages where it is that large, and goes back to the pool
-// when its array dies. The pool keeps at most `limit` bytes of free blocks, dropping those that were freed first. Any
-// thread; a forked child has a pool of its own with copies of the blocks.
+// A block is mapped on its own, at a border of 2 MB with huge pages where it is that large, begins at a place within
+// its first page that other arrays do not have, and goes back to the pool when its array dies. The pool keeps at most
+// `limit` bytes of free blocks, dropping those that were freed first. Any thread; a forked child has a pool of its own
+// with copies of the blocks.
 #pragma once
 
 #include <cstddef>
