@@ -158,7 +158,8 @@ class ColumnDriver {
   // nor while moments or sums are made: where a thread goes from tile to tile and L2 holds two. Backward of
   // 8x1024x14x14 990 -> 840 us, 32x1024x14x14 3900 -> 3560.
   bool fetched_before(std::int64_t arrays) const {
-    return segments_ == 1 && 2 * arrays * rows_ * tile_ * size(p_.args.dtype) <= kTwoTilesBytes;
+    return p_.operation != Operation::inference && segments_ == 1 &&
+           2 * arrays * rows_ * tile_ * size(p_.args.dtype) <= kTwoTilesBytes;
   }
   std::int64_t next_tile(const Tile& t, std::int64_t arrays) const {
     const bool last = t.first + t.columns == columns_;
@@ -204,7 +205,8 @@ class ColumnDriver {
       bias = base + 6 * pitch;
     }
     static constexpr int kArrays = 7;
-    C *mean, *rstd, *shift, *rstd_low, *scale, *weight, *bias;
+    C *mean = nullptr, *rstd = nullptr, *shift = nullptr, *rstd_low = nullptr, *scale = nullptr;
+    C *weight = nullptr, *bias = nullptr;
     bool scaled = false;   // scale is not 1 everywhere
     bool general = false;  // column_apply is to use scale, and for BN weight
   };

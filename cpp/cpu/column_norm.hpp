@@ -8,18 +8,17 @@
 // columns at a time; what is known of each column (pivot, sums) lives in L1 meanwhile.
 //
 // The order of operations, where it differs from blocks.hpp:
-//   float32  (and 16-bit) A column of kLongColumn rows or more adds d = x - q and d^2 in float32, tree by tree of 8
-//   rows,
+//   float32  (and 16-bit) A column of kLongColumn rows or more adds d = x - q and d^2 in float32, by trees of 8 rows,
 //            over a superblock of 64 rows, whose pivot q is the mean of the superblock before it (the first: of
 //            kPivotRows rows), rounded to 2^-8 of the deviation. Superblocks join sums about the first pivot in double.
-//            Where the squares about the pivots exceed m2 by more than kSpread allows, as in blocks.hpp, the column is
-//            swept again in double. 4096 x 64: moments 1.9 -> 1.3 ns a vector against double throughout, in which the
-//            conversions take half the time.
+//            Where the squares about the pivots exceed m2 by more than kSpread allows, the column is swept again in
+//            double. 4096 x 64: moments 1.9 -> 1.3 ns a vector against double throughout, in which the conversions
+//            take half the time. Worst 2.8 u of rstd (short columns 2.3).
 //            A shorter column adds d = x - x0 and d^2 row by row in double: it has one lane where a row has sixteen
 //            that average, and blocks in float32 left up to 4.1 u of columns of 8 rows.
 //   float64  a block is 8 rows, a superblock 64 rows with a pivot per column from its first block.
 // Superblocks of a piece are merged in index order, pieces as a binary tree of neighbours (column_driver.cpp).
-//   backward sums: trees of 4 rows (kRowBlock), which join float32 sums of kFlushRows rows, and these join double.
+//   sums of a backward: trees of 4 rows (kRowBlock), float32 sums of kFlushRows rows, and double.
 //
 // Longer than 300 lines because forward and backward read as one method, as in row_norm.hpp.
 #pragma once
