@@ -661,7 +661,8 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
   const bool fetching = stream && (a.next > 0 || row + N + distance <= a.rows);
   const S *means = static_cast<const S*>(a.mean), *rstds = static_cast<const S*>(a.rstd);
   const S *shifts = static_cast<const S*>(a.shift), *factors = static_cast<const S*>(a.factor);
-  const S *gs_ = static_cast<const S*>(a.minus_mean_g), *gxs_ = static_cast<const S*>(a.minus_mean_gx);
+  const S *minus_mean_gs = static_cast<const S*>(a.minus_mean_g),
+          *minus_mean_gxs = static_cast<const S*>(a.minus_mean_gx);
   const std::int64_t next = a.next;
   D dweight[N], dbias[N];
   LANENORM_UNROLL
@@ -671,7 +672,7 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
       return load<S, V>(reinterpret_cast<const char*>(p + j), part);
     };
     const V mean = of_column(means), rstd = of_column(rstds), shift = of_column(shifts);
-    const V minus_mean_g = of_column(gs_), minus_mean_gx = of_column(gxs_);
+    const V minus_mean_g = of_column(minus_mean_gs), minus_mean_gx = of_column(minus_mean_gxs);
     const V factor = of_column(factors);
     const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
     V gs[N], xs[N];
