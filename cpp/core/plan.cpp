@@ -78,10 +78,6 @@ void offsets(const Loop& loop, std::int64_t first, std::int64_t count, std::int6
     std::fill_n(out, count, 0);
     return;
   }
-  if (loop.axes == 1) {
-    for (std::int64_t i = 0; i < count; ++i) out[i] = (first + i) * loop.stride[0];
-    return;
-  }
   const int last = loop.axes - 1;
   std::int64_t position = first % loop.extent[last];
   std::int64_t bytes = offset(loop, first);

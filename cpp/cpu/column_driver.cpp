@@ -38,11 +38,7 @@ class ColumnDriver {
         columns_(p.plan.inner),
         fold_(p.plan.fold),
         stream_(p.stream()) {
-    // Pieces of like size, an even number of them: two threads share 784 rows by halves. Of at least 256 KB of float32:
-    // 4096 x 64 in pieces of 256 rows took 8 % longer.
-    const std::int64_t least = larger(kPieceRows, smaller(4 * kPieceRows, 65536 / larger(1, columns_)));
-    segments_ = rows_ < 2 * least ? 1 : rows_ / least / 2 * 2;
-    piece_rows_ = ceil_div(ceil_div(rows_, segments_), 8) * 8;
+    piece_rows_ = piece_rows();
     segments_ = ceil_div(rows_, piece_rows_);
     tile_ = tile_columns();
     tiles_ = ceil_div(columns_, tile_);
@@ -52,7 +48,7 @@ class ColumnDriver {
     if (by_tile()) {
       parallel_for(plan_.outer * tiles_, p_.bytes(2), [&](std::int64_t piece) {
         const Tile t = tile(piece);
-        Constants constants(t.columns, first_line(t));
+        Constants constants = of_thread<Constants>(t);
         double* moments = segment_buffer(4 * padded(t.columns));
         for (std::int64_t s = 0; s < segments_; ++s) tile_moments(t, s, moments + s * 4 * padded(t.columns));
         finish_tile(t, moments, 4 * padded(t.columns), &constants);
@@ -75,7 +71,6 @@ class ColumnDriver {
       Constants c;
       c.mean = array(p_.mean, t.statistic);
       c.rstd = array(p_.rstd, t.statistic);
-      c.shift = c.scale = nullptr;
       c.weight = array(p_.weight, t.statistic);
       c.bias = array(p_.bias, t.statistic);
       apply(t, {first, smaller(rows, rows_ - first)}, c);
@@ -88,7 +83,7 @@ class ColumnDriver {
     } else if (by_tile()) {
       parallel_for(plan_.outer * tiles_, p_.bytes(3), [&](std::int64_t piece) {
         const Tile t = tile(piece);
-        Gradients g(t.columns, first_line(t));
+        Gradients g = of_thread<Gradients>(t);
         tile_gradients(t, &g);
         for (std::int64_t s = 0; s < segments_; ++s) gradient(t, s, g, nullptr, nullptr);
       });
@@ -118,6 +113,15 @@ class ColumnDriver {
     t.statistic = t.matrix * (columns_ / fold_) + t.first / fold_;
     t.statistics = t.columns / fold_;
     return t;
+  }
+
+  // Pieces of like size, an even number of them: two threads share 784 rows by halves. Whole blocks of 8 rows, and
+  // where there are as many at least 256 KB of float32 (or 4 * kPieceRows): 4096 x 64 in pieces of 256 rows took 8 %
+  // longer.
+  std::int64_t piece_rows() const {
+    const std::int64_t least = larger(kPieceRows, smaller(4 * kPieceRows, 4 * kPieceElements / columns_));
+    const std::int64_t pieces = rows_ < 2 * least ? 1 : rows_ / least / 2 * 2;
+    return ceil_div(ceil_div(rows_, pieces), 8) * 8;
   }
 
   // Whole statistics and whole vectors, so that tiles start on cache lines where lines do: misaligned tiles of 7x7
@@ -154,16 +158,18 @@ class ColumnDriver {
   InputLines dy_lines() const { return {plan_.dy, p_.args.dy, p_.args.dtype, Slot::dy_table, Slot::dy_lines}; }
   OutputLines y_lines() const { return {plan_.y, p_.args.y, p_.args.dtype}; }
 
-  // Whether a tile is fetched while the results of the one before it are written, so that memory is idle neither then
-  // nor while moments or sums are made: where a thread goes from tile to tile and L2 holds two. Backward of
-  // 8x1024x14x14 990 -> 840 us, 32x1024x14x14 3900 -> 3560.
-  bool fetched_before(std::int64_t arrays) const {
+  // Tile by tile, the next one is fetched while results are written, if L2 holds both: memory is idle neither then nor
+  // while moments or sums are made. Backward of 8x1024x14x14 870..990 -> 830 us, 32x1024x14x14 3900..4210 ->
+  // 3560..4190.
+  bool holds_two_tiles(std::int64_t arrays) const {
     return p_.operation != Operation::inference && segments_ == 1 &&
            2 * arrays * rows_ * tile_ * size(p_.args.dtype) <= kTwoTilesBytes;
   }
+  // Whether x (and dy) come from memory row by row.
+  bool ahead(const Tile& t, std::int64_t arrays) const { return stream_ && !(t.first > 0 && holds_two_tiles(arrays)); }
   std::int64_t next_tile(const Tile& t, std::int64_t arrays) const {
     const bool last = t.first + t.columns == columns_;
-    return fetched_before(arrays) && !last ? t.columns * size(p_.args.dtype) : 0;
+    return holds_two_tiles(arrays) && !last ? t.columns * size(p_.args.dtype) : 0;
   }
 
   // Where the lines of a tile begin within a page, if they are a multiple of 4 KB apart; and how far from there what
@@ -173,12 +179,21 @@ class ColumnDriver {
   }
   static constexpr std::int64_t kConstants = 2112, kScratch = 3264;
 
-  // Constants of all tiles in one buffer.
-  static std::int64_t kept_bytes(std::int64_t elements) {
-    return elements * static_cast<std::int64_t>(sizeof(C)) + kBesidePage;
+  // Constants or Gradients of a tile of up to `columns` columns: bytes, and the index-th of them in a buffer.
+  template <class Arrays>
+  static std::int64_t bytes_of(std::int64_t columns) {
+    return Arrays::kArrays * padded(columns) * static_cast<std::int64_t>(sizeof(C)) + kBesidePage;
   }
-  char* kept_of(const Tile& t, const Buffer& kept, std::int64_t index, std::int64_t elements) const {
-    return beside(kept.data() + index * kept_bytes(elements), first_line(t), kConstants);
+  template <class Arrays>
+  Arrays place(const Tile& t, const Buffer& buffer, std::int64_t index, std::int64_t columns) const {
+    return Arrays(beside(buffer.data() + index * bytes_of<Arrays>(columns), first_line(t), kConstants),
+                  padded(columns));
+  }
+  template <class Arrays>
+  Arrays of_thread(const Tile& t) const {
+    Buffer& buffer = thread_buffer(Slot::constants);
+    buffer.reserve(bytes_of<Arrays>(t.columns));
+    return place<Arrays>(t, buffer, 0, t.columns);
   }
 
   std::int64_t line(const Tile& t, const Rows& r) const { return t.matrix * rows_ + r.first; }
@@ -187,14 +202,8 @@ class ColumnDriver {
 
   // Arrays of C per column in a thread's buffer: the arguments of column_apply.
   struct Constants {
-    Constants(std::int64_t columns, const void* line) {
-      Buffer& buffer = thread_buffer(Slot::constants);
-      const std::int64_t pitch = padded(columns);
-      buffer.reserve(kArrays * pitch * static_cast<std::int64_t>(sizeof(C)) + kBesidePage);
-      bind(beside(buffer.data(), line, kConstants), pitch);
-    }
     Constants() = default;
-    void bind(char* memory, std::int64_t pitch) {
+    Constants(char* memory, std::int64_t pitch) {
       C* base = reinterpret_cast<C*>(memory);
       mean = base;
       rstd = base + pitch;
@@ -300,7 +309,7 @@ class ColumnDriver {
     a.scale = scale;
     a.moments = moments;
     a.scratch = beside(scratch.data(), first_line(t), kScratch);
-    a.ahead = stream_ && !fetched_before(1);
+    a.ahead = ahead(t, 1);
     wide ? p_.kernels.column_moments_wide(a) : p_.kernels.column_moments(a);
   }
 
@@ -424,15 +433,13 @@ class ColumnDriver {
       tile_moments(t, piece % segments_, moments + piece * stride);
     });
     // Constants of all tiles stay until apply.
-    const std::int64_t pitch = padded(tile_);
-    Buffer kept(tiles * kept_bytes(Constants::kArrays * pitch));
+    Buffer kept(tiles * bytes_of<Constants>(tile_));
     Buffer general(tiles);
     parallel_for(tiles, tiles * segments_ * stride * 8, [&](std::int64_t piece) {
       const Tile t = tile(piece);
-      Constants c(t.columns, first_line(t));
+      Constants c = of_thread<Constants>(t);
       finish_tile(t, moments + piece * segments_ * stride, stride, &c);
-      Constants to;
-      to.bind(kept_of(t, kept, piece, Constants::kArrays * pitch), pitch);
+      const Constants to = place<Constants>(t, kept, piece, tile_);
       copy(c.mean, t.columns, to.mean);
       copy(c.rstd, t.columns, to.rstd);
       copy(c.shift, t.columns, to.shift);
@@ -448,8 +455,7 @@ class ColumnDriver {
     parallel_for(tiles * segments_, p_.bytes(2), [&](std::int64_t backwards) {
       const std::int64_t piece = tiles * segments_ - 1 - backwards, index = piece / segments_;
       const Tile t = tile(index);
-      Constants c;
-      c.bind(kept_of(t, kept, index, Constants::kArrays * pitch), pitch);
+      Constants c = place<Constants>(t, kept, index, tile_);
       c.general = general.data()[index];
       apply(t, segment(piece % segments_), c);
     });
@@ -459,16 +465,8 @@ class ColumnDriver {
 
   // Arrays of C per column: the arguments of column_sums and column_gradient.
   struct Gradients {
-    Gradients(std::int64_t columns, const void* line) {
-      Buffer& buffer = thread_buffer(Slot::constants);
-      const std::int64_t pitch = padded(columns);
-      buffer.reserve(kArrays * pitch * static_cast<std::int64_t>(sizeof(C)) + kBesidePage);
-      bind(beside(buffer.data(), line, kConstants), pitch);
-    }
-    Gradients(char* memory, std::int64_t pitch) { bind(memory, pitch); }
     static constexpr int kArrays = 6;
-
-    void bind(char* memory, std::int64_t pitch) {
+    Gradients(char* memory, std::int64_t pitch) {
       C* base = reinterpret_cast<C*>(memory);
       mean = base;
       rstd = base + pitch;
@@ -502,7 +500,7 @@ class ColumnDriver {
     a.rstd = g.rstd;
     a.sums = sums;
     a.scratch = beside(scratch.data(), first_line(t), kScratch);
-    a.ahead = stream_ && !fetched_before(2);
+    a.ahead = ahead(t, 2);
     p_.kernels.column_sums(a);
   }
 
@@ -570,13 +568,11 @@ class ColumnDriver {
   }
 
   void backward_in_phases() const {
-    const std::int64_t tiles = plan_.outer * tiles_, stride = 3 * padded(tile_), pitch = padded(tile_);
+    const std::int64_t tiles = plan_.outer * tiles_, stride = 3 * padded(tile_);
     Buffer sums_buffer(tiles * segments_ * stride * 8);
-    Buffer kept(tiles * kept_bytes(Gradients::kArrays * pitch));
+    Buffer kept(tiles * bytes_of<Gradients>(tile_));
     double* sums = sums_buffer.as<double>();
-    const auto gradients_of = [&](std::int64_t index) {
-      return Gradients(kept_of(tile(index), kept, index, Gradients::kArrays * pitch), pitch);
-    };
+    const auto gradients_of = [&](std::int64_t index) { return place<Gradients>(tile(index), kept, index, tile_); };
     for (std::int64_t i = 0; i < tiles; ++i) {
       Gradients g = gradients_of(i);
       expand_statistics(tile(i), &g);
@@ -609,7 +605,7 @@ class ColumnDriver {
       const std::int64_t first = piece / tiles_ * chunk;
       for (std::int64_t matrix = first; matrix < smaller(first + chunk, plan_.outer); ++matrix) {
         const Tile t = tile(matrix * tiles_ + piece % tiles_);
-        Gradients g(t.columns, first_line(t));
+        Gradients g = of_thread<Gradients>(t);
         tile_gradients(t, &g);
         for (std::int64_t s = 0; s < segments_; ++s) gradient(t, s, g, dweight, dweight + rows_);
       }

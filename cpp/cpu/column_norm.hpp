@@ -12,8 +12,8 @@
 //            over a superblock of 64 rows, whose pivot q is the mean of the superblock before it (the first: of
 //            kPivotRows rows), rounded to 2^-8 of the deviation. Superblocks join sums about the first pivot in double.
 //            Where the squares about the pivots exceed m2 by more than kSpread allows, the column is swept again in
-//            double. 4096 x 64: moments 1.9 -> 1.3 ns a vector against double throughout, in which the conversions
-//            take half the time. Worst 2.8 u of rstd (short columns 2.3).
+//            double. 784 x 512: moments 49 -> 37 us against double throughout, in which the conversions take half
+//            the time. Worst 2.8 u of rstd (short columns 2.3).
 //            A shorter column adds d = x - x0 and d^2 row by row in double: it has one lane where a row has sixteen
 //            that average, and blocks in float32 left up to 4.1 u of columns of 8 rows.
 //   float64  a block is 8 rows, a superblock 64 rows with a pivot per column from its first block.
@@ -50,6 +50,20 @@ LANENORM_INLINE std::int64_t rows_ahead(std::int64_t columns) {
   return N * ((kFetchBytes + N * bytes - 1) / (N * bytes));
 }
 
+// What is fetched while N rows of y or dx are streamed: that many rows, or bytes, from those that are read.
+struct Ahead {
+  bool fetch;
+  std::int64_t rows, bytes;
+};
+
+// a: ColumnApply or ColumnGradient.
+template <int N, class T, class A>
+LANENORM_INLINE Ahead ahead_of(const A& a, std::int64_t row, bool stream) {
+  if (a.next > 0) return {stream, 0, a.next};
+  const std::int64_t rows = rows_ahead<N, T>(a.columns);
+  return {stream && row + N + rows <= a.rows, rows, 0};
+}
+
 template <class V, class C>
 LANENORM_INLINE V load_lanes(const C* p) {
   return load<C, V>(reinterpret_cast<const char*>(p), Full{});
@@ -74,11 +88,24 @@ LANENORM_INLINE void store_moments(const Moments<D>& m, double* moments, std::in
   store_lanes(m.m2, moments + 3 * pitch + j);
 }
 
+// f(Count<N>, row, rows ahead or 0) for the rows begin..end, N at a time.
+template <class T, class F>
+LANENORM_INLINE void for_row_blocks(const ColumnMoments& a, std::int64_t begin, std::int64_t end, std::int64_t columns,
+                                    const F& f) {
+  const std::int64_t distance = rows_ahead<kBlock, T>(columns);
+  std::int64_t row = begin;
+  for (; row + kBlock <= end; row += kBlock) {
+    f(Count<kBlock>{}, row, a.ahead && row + kBlock + distance <= a.rows ? distance : 0);
+  }
+  for (; row < end; ++row) f(Count<1>{}, row, std::int64_t{0});
+}
+
 // In double, for short columns and for those that float32 would lose digits of: N rows of `columns` columns join their
 // sums of d and d^2. at: bytes before the first of them. first: these are the first rows.
 template <int N, class T, class V, class D>
-LANENORM_INLINE void add_rows(const char* const* lines, const char* pivots, std::int64_t at, std::int64_t columns,
-                              bool first, std::int64_t ahead, double* sums, double* squares) {
+LANENORM_INLINE void add_rows_in_double(const char* const* lines, const char* pivots, std::int64_t at,
+                                        std::int64_t columns, bool first, std::int64_t ahead, double* sums,
+                                        double* squares) {
   for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const std::int64_t here = at + j * static_cast<std::int64_t>(sizeof(T));
     D pivot[2], sum[2], square[2];
@@ -116,13 +143,9 @@ LANENORM_INLINE void column_moments_in_double(const ColumnMoments& a, std::int64
   const std::int64_t at = begin * static_cast<std::int64_t>(sizeof(T));
   double* sums = moments + pitch;
   double* squares = moments + 3 * pitch;
-  const std::int64_t distance = rows_ahead<kBlock, T>(columns);
-  std::int64_t row = 0;
-  for (; row + kBlock <= a.rows; row += kBlock) {
-    const std::int64_t ahead = a.ahead && row + kBlock + distance <= a.rows ? distance : 0;
-    add_rows<kBlock, T, V, D>(lines + row, lines[0], at, columns, row == 0, ahead, sums, squares);
-  }
-  for (; row < a.rows; ++row) add_rows<1, T, V, D>(lines + row, lines[0], at, columns, row == 0, 0, sums, squares);
+  for_row_blocks<T>(a, 0, a.rows, columns, [&](auto n, std::int64_t row, std::int64_t ahead) LANENORM_LAMBDA_INLINE {
+    add_rows_in_double<decltype(n)::value, T, V, D>(lines + row, lines[0], at, columns, row == 0, ahead, sums, squares);
+  });
   const D count = D::broadcast(static_cast<double>(a.rows));
   for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     D pivot[2];
@@ -167,21 +190,6 @@ LANENORM_INLINE void add_rows_float32(const char* const* lines, std::int64_t col
   });
 }
 
-template <class T, class V, bool kSquares>
-LANENORM_INLINE void add_all_rows_float32(const ColumnMoments& a, std::int64_t begin, std::int64_t end,
-                                          const char* pivots, typename V::Scalar* sums, typename V::Scalar* seconds) {
-  const char* const* lines = reinterpret_cast<const char* const*>(a.x);
-  const std::int64_t distance = rows_ahead<kBlock, T>(a.columns);
-  std::int64_t row = begin;
-  for (; row + kBlock <= end; row += kBlock) {
-    const std::int64_t ahead = a.ahead && row + kBlock + distance <= a.rows ? distance : 0;
-    add_rows_float32<kBlock, T, V, kSquares>(lines + row, a.columns, pivots, row == begin, ahead, sums, seconds);
-  }
-  for (; row < end; ++row) {
-    add_rows_float32<1, T, V, kSquares>(lines + row, a.columns, pivots, row == begin, 0, sums, seconds);
-  }
-}
-
 template <class T, class V, class D>
 LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
   using S = typename V::Scalar;
@@ -192,7 +200,11 @@ LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
   S* own_squares = own_sums + pitch;
 
   const char* const* lines = reinterpret_cast<const char* const*>(a.x);
-  add_all_rows_float32<T, V, false>(a, 0, kPivotRows, lines[0], own_sums, own_squares);
+  for_row_blocks<T>(a, 0, kPivotRows, a.columns,
+                    [&](auto n, std::int64_t row, std::int64_t ahead) LANENORM_LAMBDA_INLINE {
+                      add_rows_float32<decltype(n)::value, T, V, false>(lines + row, a.columns, lines[0], row == 0,
+                                                                        ahead, own_sums, own_squares);
+                    });
   for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const V inverse = V::broadcast(S(1) / S(kPivotRows));
     const V pivot = pivot_from(load<T, V>(lines[0] + j * static_cast<std::int64_t>(sizeof(T)), part),
@@ -204,7 +216,11 @@ LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
 
   for (std::int64_t begin = 0; begin < a.rows; begin += kSuperblock) {
     const std::int64_t end = begin + kSuperblock < a.rows ? begin + kSuperblock : a.rows;
-    add_all_rows_float32<T, V, true>(a, begin, end, reinterpret_cast<const char*>(own), own_sums, own_squares);
+    for_row_blocks<T>(
+        a, begin, end, a.columns, [&](auto n, std::int64_t row, std::int64_t ahead) LANENORM_LAMBDA_INLINE {
+          add_rows_float32<decltype(n)::value, T, V, true>(lines + row, a.columns, reinterpret_cast<const char*>(own),
+                                                           row == begin, ahead, own_sums, own_squares);
+        });
     const D count = D::broadcast(static_cast<double>(end - begin));
     for_vectors<V>(a.columns, [&](std::int64_t j, auto) LANENORM_LAMBDA_INLINE {
       const V pivot = load_lanes<V>(own + j), sum = load_lanes<V>(own_sums + j),
@@ -464,14 +480,11 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + row;
   char* const* y = reinterpret_cast<char* const*>(a.y) + row;
   const bool stream = a.stream && on_cache_lines(y, N);
-  const std::int64_t distance = rows_ahead<N, T>(a.columns);
-  const std::int64_t ahead = a.next > 0 ? 0 : distance;
-  const bool fetching = stream && (a.next > 0 || row + N + distance <= a.rows);
+  const Ahead ahead = ahead_of<N, T>(a, row, stream);
   // Read once: y might point to them, as far as a compiler knows.
   const S *means = static_cast<const S*>(a.mean), *rstds = static_cast<const S*>(a.rstd);
   const S *rstd_lows = static_cast<const S*>(a.rstd_low), *shifts = static_cast<const S*>(a.shift);
   const S* scales = static_cast<const S*>(a.scale);
-  const std::int64_t next = a.next;
   for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const auto of_column = [&](const S* p) LANENORM_LAMBDA_INLINE {
       return load<S, V>(reinterpret_cast<const char*>(p + j), part);
@@ -488,7 +501,7 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
     V v[N];
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (fetching) fetch(x[r + ahead] + at + next);
+      if (ahead.fetch) fetch(x[r + ahead.rows] + at + ahead.bytes);
       v[r] = load<T, V>(x[r] + at, part);
     }
     LANENORM_UNROLL
@@ -656,14 +669,11 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + row;
   char* const* dx = reinterpret_cast<char* const*>(a.dx) + row;
   const bool stream = a.stream && on_cache_lines(dx, N);
-  const std::int64_t distance = rows_ahead<N, T>(a.columns);
-  const std::int64_t ahead = a.next > 0 ? 0 : distance;
-  const bool fetching = stream && (a.next > 0 || row + N + distance <= a.rows);
+  const Ahead ahead = ahead_of<N, T>(a, row, stream);
   const S *means = static_cast<const S*>(a.mean), *rstds = static_cast<const S*>(a.rstd);
   const S *shifts = static_cast<const S*>(a.shift), *factors = static_cast<const S*>(a.factor);
   const S *minus_mean_gs = static_cast<const S*>(a.minus_mean_g),
           *minus_mean_gxs = static_cast<const S*>(a.minus_mean_gx);
-  const std::int64_t next = a.next;
   D dweight[N], dbias[N];
   LANENORM_UNROLL
   for (int r = 0; r < N; ++r) dweight[r] = dbias[r] = D::zero();
@@ -678,12 +688,12 @@ LANENORM_INLINE void gradient_lines_of(const ColumnGradient& a, std::int64_t row
     V gs[N], xs[N];
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (fetching) fetch(x[r + ahead] + at + next);
+      if (ahead.fetch) fetch(x[r + ahead.rows] + at + ahead.bytes);
       xs[r] = load<T, V>(x[r] + at, part);
     }
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (fetching) fetch(dy[r + ahead] + at + next);
+      if (ahead.fetch) fetch(dy[r + ahead.rows] + at + ahead.bytes);
       gs[r] = load<T, V>(dy[r] + at, part);
     }
     LANENORM_UNROLL

@@ -280,10 +280,10 @@ inline constexpr std::int64_t kPieceRows = 256;
 inline constexpr std::int64_t kRowBlock = 4;
 inline constexpr std::int64_t kFlushRows = 32;  // then the float32 sums go to double
 
-// Column arrays are padded to whole vectors, so that kernels may write all lanes; and longer ones by nine cache lines
-// more: those of one tile would otherwise lie 4 KB apart and evict each other from L1, which has room for 8 lines at
-// one place within a page. Always inlined, since ISA units call it: no copy of it may be left for the linker to choose
-// (core/isa.hpp).
+// Column arrays are padded to whole vectors, so that kernels may write all lanes; and longer ones by eight cache
+// lines more: those of one tile would otherwise lie 4 KB apart and evict each other from L1, which has room for 8 lines
+// at one place within a page. Always inlined, since ISA units call it: no copy of it may be left for the linker to
+// choose (core/isa.hpp).
 [[gnu::always_inline]] constexpr std::int64_t padded(std::int64_t columns) {
   return ((columns + 15) / 16 | 1) * 16 + (columns < 256 ? 0 : 128);
 }

@@ -55,8 +55,8 @@ Buffer& thread_buffer(Slot slot);
 
 // Kernels sweep columns of several lines and of several arrays of their own at once. L1 holds 8 lines of one place
 // within a page of 4 KB, which 4 rows of x, dy and dx exceed where they are a multiple of 4 KB long or apart; what is
-// theirs is put elsewhere. kBesidePage bytes of a buffer are for that. Sums of a backward of 1568 x 1024 at the place
-// of x 4.1 ns a vector, away from it 2.6.
+// theirs is put elsewhere. kBesidePage bytes of a buffer are for that. Sums of a backward of 1568 x 1024, alone in a
+// program: at the place of x 4.1 ns a vector, away from it 2.6.
 inline constexpr std::int64_t kBesidePage = 4096;
 
 // The first address in a buffer that lies `distance` bytes beyond that of `line` within a page.
