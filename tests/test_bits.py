@@ -303,7 +303,7 @@ assert got == expected
     run_python(code)
 
 
-def test_bits_of_a_channel_do_not_depend_on_the_others(rng, isa):
+def test_bits_of_channels_beside_one_that_is_swept_again(rng, isa):
     """Channel 3 is swept again in double: its pivot is the mean of its first rows, far from that of the others."""
     x = rng.standard_normal((300, 20)).astype(np.float32)
     y = lanenorm.batch_norm_forward(x).y
