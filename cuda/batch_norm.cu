@@ -46,7 +46,8 @@ class Running {
   void* data() const { return data_; }
   void finish() const {
     if (data_ == vector_.data) return;
-    copy_lines(nest_of(vector_), dense(static_cast<char*>(data_), vector_.loop.count, bytes_), 0, 1, bytes_, context_);
+    copy_lines(nest_of(vector_), dense(static_cast<char*>(data_), vector_.loop.count, bytes_), whole(vector_), bytes_,
+               context_);
   }
 
  private:
@@ -66,11 +67,11 @@ Runs runs_of(const Plan& plan) {
 }
 
 // But for the channels.
-PlaneForward planes_of(const Args& args, const Tensor& x, const Tensor& y, std::int64_t first) {
+PlaneForward planes_of(const Args& args, const Tensor& x, const Tensor& y, const Batch& b) {
   PlaneForward a{};
   a.runs = runs_of(args.plan);
-  a.x = x.data(first);
-  a.y = y.data(first);
+  a.x = x.data(b);
+  a.y = y.data(b);
   a.x_channel_stride = x.unit_stride();
   a.x_run_stride = x.line_stride();
   a.y_channel_stride = y.unit_stride();
@@ -83,12 +84,12 @@ void planes_forward(const Args& args, const Channels& channels, const Context& c
   const std::int64_t bytes = size(args.dtype);
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
   const PlaneChoice choice = choose_planes(plan, device_limits(context.device), args.dtype, 1);
-  for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t count) {
-    x.read(first, count, context);
-    PlaneForward a = planes_of(args, x, y, first);
-    a.channels = part_of(channels, first, count, args);
+  for_batches({&x, &y}, Cut{}, context, [&](const Batch& b) {
+    x.read(b, context);
+    PlaneForward a = planes_of(args, x, y, b);
+    a.channels = part_of(channels, b.first, b.count, args);
     visit(args.dtype, [&](auto tag) { plane_forward<typename decltype(tag)::Type>(a, choice, context); });
-    y.write(first, count, context);
+    y.write(b, context);
   });
 }
 
@@ -97,15 +98,15 @@ void planes_backward(const Args& args, const Channels& channels, const Context& 
   const std::int64_t bytes = size(args.dtype);
   Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
   const PlaneChoice choice = choose_planes(plan, device_limits(context.device), args.dtype, 2);
-  for_batches({&x, &dy, &dx}, 1, context, [&](std::int64_t first, std::int64_t count) {
-    x.read(first, count, context);
-    dy.read(first, count, context);
+  for_batches({&x, &dy, &dx}, Cut{}, context, [&](const Batch& b) {
+    x.read(b, context);
+    dy.read(b, context);
     PlaneBackward a{};
-    a.channels = part_of(channels, first, count, args);
+    a.channels = part_of(channels, b.first, b.count, args);
     a.runs = runs_of(plan);
-    a.dy = dy.data(first);
-    a.x = x.data(first);
-    a.dx = dx.data(first);
+    a.dy = dy.data(b);
+    a.x = x.data(b);
+    a.dx = dx.data(b);
     a.dy_channel_stride = dy.unit_stride();
     a.dy_run_stride = dy.line_stride();
     a.x_channel_stride = x.unit_stride();
@@ -113,7 +114,7 @@ void planes_backward(const Args& args, const Channels& channels, const Context& 
     a.dx_channel_stride = dx.unit_stride();
     a.dx_run_stride = dx.line_stride();
     visit(args.dtype, [&](auto tag) { plane_backward<typename decltype(tag)::Type>(a, choice, context); });
-    dx.write(first, count, context);
+    dx.write(b, context);
   });
 }
 
@@ -123,15 +124,15 @@ void columns_forward(const Args& args, const Channels& channels, const Context& 
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype);
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
-  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype, 1);
-  for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
-    x.read(first, matrices, context);
-    const ColumnForward a = columns_of(args, x, y, first, matrices);
-    const std::int64_t of_matrix = plan.inner / plan.fold;
-    const ColumnChannels own{part_of(channels, first * of_matrix, matrices * of_matrix, args), plan.fold};
+  const DeviceLimits device = device_limits(context.device);
+  for_batches({&x, &y}, cut_of_columns(args), context, [&](const Batch& b) {
+    x.read(b, context);
+    const ColumnForward a = columns_of(args, x, y, b);
+    const ColumnChannels own{part_of(channels, first_statistic(plan, b), statistics(plan, b), args), plan.fold};
+    const ColumnChoice choice = choose_columns(plan, b.columns, device, args.dtype, 1);
     visit(args.dtype,
           [&](auto tag) { column_channels_forward<typename decltype(tag)::Type>(a, own, choice, context); });
-    y.write(first, matrices, context);
+    y.write(b, context);
   });
 }
 
@@ -139,18 +140,18 @@ void columns_backward(const Args& args, const Channels& channels, const Context&
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype);
   Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
-  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype, 2);
-  for_batches({&x, &dy, &dx}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
-    x.read(first, matrices, context);
-    dy.read(first, matrices, context);
-    const std::int64_t of_matrix = plan.inner / plan.fold;
-    const Channels own = part_of(channels, first * of_matrix, matrices * of_matrix, args);
-    ColumnBackward a = columns_of(args, dy, x, dx, first, matrices);
+  const DeviceLimits device = device_limits(context.device);
+  for_batches({&x, &dy, &dx}, cut_of_columns(args), context, [&](const Batch& b) {
+    x.read(b, context);
+    dy.read(b, context);
+    const Channels own = part_of(channels, first_statistic(plan, b), statistics(plan, b), args);
+    ColumnBackward a = columns_of(args, dy, x, dx, b);
     a.mean = own.mean;
     a.rstd = own.rstd;
+    const ColumnChoice choice = choose_columns(plan, b.columns, device, args.dtype, 2);
     visit(args.dtype,
           [&](auto tag) { column_channels_backward<typename decltype(tag)::Type>(a, own, choice, context); });
-    dx.write(first, matrices, context);
+    dx.write(b, context);
   });
 }
 
@@ -162,23 +163,23 @@ void pointwise(const Args& args, const Channels& channels, Pointwise operation, 
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype);
   const DeviceLimits device = device_limits(context.device);
+  const Cut cut = plan.work == Work::rows ? Cut{} : cut_of_columns(args);
   Tensor x(plan, layout, data, bytes), y(plan, plan.y, args.y, bytes);
-  for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t count) {
-    x.read(first, count, context);
+  for_batches({&x, &y}, cut, context, [&](const Batch& b) {
+    x.read(b, context);
     visit(args.dtype, [&](auto tag) {
       using T = typename decltype(tag)::Type;
       if (plan.work == Work::rows) {
-        PlaneForward a = planes_of(args, x, y, first);
-        a.channels = part_of(channels, first, count, args);
+        PlaneForward a = planes_of(args, x, y, b);
+        a.channels = part_of(channels, b.first, b.count, args);
         plane_pointwise<T>(a, operation, choose_planes(plan, device, args.dtype, 1), context);
       } else {
-        const std::int64_t of_matrix = plan.inner / plan.fold;
-        const ColumnChannels own{part_of(channels, first * of_matrix, count * of_matrix, args), plan.fold};
-        column_pointwise<T>(columns_of(args, x, y, first, count), own, operation,
-                            choose_columns(plan, device, args.dtype, 1), context);
+        const ColumnChannels own{part_of(channels, first_statistic(plan, b), statistics(plan, b), args), plan.fold};
+        column_pointwise<T>(columns_of(args, x, y, b), own, operation,
+                            choose_columns(plan, b.columns, device, args.dtype, 1), context);
       }
     });
-    y.write(first, count, context);
+    y.write(b, context);
   });
 }
 

@@ -108,10 +108,11 @@ std::int64_t clusters_of(std::int64_t work, int per_multiprocessor, int cluster,
 // ---- columns -----------------------------------------------------------------------------------------------------
 
 // Where a slab of columns stays on chip. Columns that share a statistic (fold) may lie in two slabs: they do not.
-void choose_slab(const Plan& plan, const DeviceLimits& device, DType dtype, int tensors, ColumnChoice* choice) {
+void choose_slab(const Plan& plan, std::int64_t row_bytes, const DeviceLimits& device, DType dtype, int tensors,
+                 ColumnChoice* choice) {
   if (plan.fold != 1) return;
   const std::int64_t stretches = ceil_div(plan.lines_per_statistic, kStretchRows);
-  const auto units_of = [&](int words) { return plan.outer * ceil_div(plan.inner * size(dtype), words * kWord); };
+  const auto units_of = [&](int words) { return plan.outer * ceil_div(row_bytes, words * kWord); };
   const auto bytes_of = [&](int words, std::int64_t each) { return slab_bytes(words, each, size(dtype), tensors); };
   int words = kSlabWords;
   for (const int wide : kWideSlabs) {
@@ -218,14 +219,15 @@ RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& devi
   return choice;
 }
 
-ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype, int tensors) {
-  const std::int64_t row_bytes = plan.inner * size(dtype);
+ColumnChoice choose_columns(const Plan& plan, std::int64_t columns, const DeviceLimits& device, DType dtype,
+                            int tensors) {
+  const std::int64_t row_bytes = columns * size(dtype);
   ColumnChoice choice{};
   choice.strips = ceil_div(row_bytes, 32 * kWord);
   choice.pieces = ceil_div(plan.lines_per_statistic, kPieceRows);
   choice.slabs = ceil_div(row_bytes, kSlabWords * kWord);
   choice.streamed_blocks = grid_of(plan.outer * choice.strips * choice.pieces, kColumnBlocks, device);
-  choose_slab(plan, device, dtype, tensors, &choice);
+  choose_slab(plan, row_bytes, device, dtype, tensors, &choice);
   const std::int64_t strips = plan.outer * choice.strips;
   const std::int64_t wanted = ceil_div(std::int64_t{kPointwiseBlocks} * device.multiprocessors, strips);  // of a strip
   const std::int64_t most = ceil_div(ceil_div(plan.lines_per_statistic, wanted * kPieceWarps), 4) * 4;

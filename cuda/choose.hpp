@@ -18,6 +18,7 @@ struct DeviceLimits {
   int shared_per_multiprocessor;  // bytes
   int architecture;               // 90: sm_90
   int max_cluster;                // blocks; 1 where there are no clusters
+  int l2_bytes;                   // the cache of the whole device
 };
 
 // A piece of a row: what a block of kPieceWarps warps holds in registers, 8 words of 16 bytes a lane.
@@ -142,9 +143,10 @@ struct PlaneChoice {
 RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype);
 RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype);
 
-// plan.elements > 0, plan.work is columns: plan.outer matrices of plan.reduced rows of plan.inner columns. tensors:
-// that are read, 1 or 2
-ColumnChoice choose_columns(const Plan& plan, const DeviceLimits& device, DType dtype, int tensors);
+// plan.elements > 0, plan.work is columns: plan.outer matrices of plan.lines_per_statistic rows, of which `columns`
+// columns: plan.inner, or some of a matrix that is cut. tensors: that are read, 1 or 2
+ColumnChoice choose_columns(const Plan& plan, std::int64_t columns, const DeviceLimits& device, DType dtype,
+                            int tensors);
 
 // plan.elements > 0, plan.work is rows, of BN: plan.statistics channels of plan.lines_per_statistic runs of plan.inner
 // elements. tensors: that are read, 1 or 2

@@ -7,7 +7,8 @@ namespace lanenorm::cuda {
 
 DeviceLimits device_limits(int /*device*/) {
   const on_host::Device d = on_host::device_limits();
-  return {d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor, d.architecture, d.max_cluster};
+  return {d.multiprocessors, d.shared_per_block, d.shared_per_multiprocessor,
+          d.architecture,    d.max_cluster,      d.l2_bytes};
 }
 
 }  // namespace lanenorm::cuda
@@ -16,6 +17,7 @@ DeviceLimits device_limits(int /*device*/) {
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -28,6 +30,7 @@ namespace {
 // Shared memory that a kernel may use without being asked for it, and clusters that every device with clusters takes.
 constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
 constexpr int kPortableCluster = 8;
+constexpr int kLeastL2Bytes = 4 << 20;  // of the smallest devices; a virtual one may say 0
 
 std::mutex mutex;  // guards the three maps
 
@@ -92,6 +95,7 @@ DeviceLimits device_limits(int device) {
       10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
   // Clusters of 16 are what the largest parts take; kernel_fits asks before each kind is used.
   limits.max_cluster = attribute(cudaDevAttrClusterLaunch, device) != 0 ? 16 : 1;
+  limits.l2_bytes = std::max(attribute(cudaDevAttrL2CacheSize, device), kLeastL2Bytes);
   known[device] = limits;
   return limits;
 }

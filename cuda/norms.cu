@@ -39,24 +39,24 @@ void rows_forward(const Args& args, const Parameters& parameters, void* mean, vo
   const std::int64_t bytes = size(args.dtype), statistic_bytes = size(statistics_dtype(args.dtype));
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
   const RowForwardChoice choice = choose_row_forward(plan, device_limits(context.device), args.dtype);
-  for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t rows) {
-    x.read(first, rows, context);
+  for_batches({&x, &y}, Cut{}, context, [&](const Batch& b) {
+    x.read(b, context);
     RowForward a{};
-    a.x = x.data(first);
-    a.y = y.data(first);
+    a.x = x.data(b);
+    a.y = y.data(b);
     a.x_stride = x.unit_stride();
     a.y_stride = y.unit_stride();
-    a.rows = rows;
+    a.rows = b.count;
     a.length = plan.reduced;
-    a.mean = advance(mean, first * statistic_bytes);
-    a.rstd = advance(rstd, first * statistic_bytes);
+    a.mean = advance(mean, b.first * statistic_bytes);
+    a.rstd = advance(rstd, b.first * statistic_bytes);
     a.weight = parameters.weight;
     a.bias = parameters.bias;
     a.parameters_as_compute = parameters.as_compute;
     a.eps = args.eps;
     a.inverse_length = 1.0 / static_cast<double>(plan.reduced);
     visit(args.dtype, [&](auto tag) { row_forward<typename decltype(tag)::Type>(a, choice, context); });
-    y.write(first, rows, context);
+    y.write(b, context);
   });
 }
 
@@ -68,27 +68,27 @@ void rows_backward(const Args& args, const Parameters& parameters, const void* m
   RowBackwardChoice choice = choose_row_backward(plan, device, args.dtype);
   const Partials partials(args, choice.chunks, parameters, dweight, dbias, context);
   Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
-  for_batches({&x, &dy, &dx}, choice.chunk_rows, context, [&](std::int64_t first, std::int64_t rows) {
-    x.read(first, rows, context);
-    dy.read(first, rows, context);
+  for_batches({&x, &dy, &dx}, Cut{choice.chunk_rows}, context, [&](const Batch& b) {
+    x.read(b, context);
+    dy.read(b, context);
     RowBackward a{};
-    a.dy = dy.data(first);
-    a.x = x.data(first);
-    a.dx = dx.data(first);
+    a.dy = dy.data(b);
+    a.x = x.data(b);
+    a.dx = dx.data(b);
     a.dy_stride = dy.unit_stride();
     a.x_stride = x.unit_stride();
     a.dx_stride = dx.unit_stride();
-    a.rows = rows;
+    a.rows = b.count;
     a.length = plan.reduced;
-    a.mean = advance(mean, first * statistic_bytes);
-    a.rstd = advance(rstd, first * statistic_bytes);
+    a.mean = advance(mean, b.first * statistic_bytes);
+    a.rstd = advance(rstd, b.first * statistic_bytes);
     a.weight = parameters.weight;
     a.parameters_as_compute = parameters.as_compute;
     a.partial_length = partials.fold.partial_length;
-    a.partial = advance(partials.data, first / choice.chunk_rows * partials.bytes);
-    choice.chunks = (rows + choice.chunk_rows - 1) / choice.chunk_rows;
+    a.partial = advance(partials.data, b.first / choice.chunk_rows * partials.bytes);
+    choice.chunks = (b.count + choice.chunk_rows - 1) / choice.chunk_rows;
     visit(args.dtype, [&](auto tag) { row_backward<typename decltype(tag)::Type>(a, choice, context); });
-    dx.write(first, rows, context);
+    dx.write(b, context);
   });
   partials.finish(args.dtype, device, context);
 }
@@ -99,17 +99,18 @@ void columns_forward(const Args& args, const Parameters& parameters, void* mean,
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype), statistic_bytes = size(statistics_dtype(args.dtype));
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
-  const ColumnChoice choice = choose_columns(plan, device_limits(context.device), args.dtype, 1);
-  for_batches({&x, &y}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
-    x.read(first, matrices, context);
-    ColumnForward a = columns_of(args, x, y, first, matrices);
-    a.mean = advance(mean, first * plan.inner * statistic_bytes);
-    a.rstd = advance(rstd, first * plan.inner * statistic_bytes);
+  const DeviceLimits device = device_limits(context.device);
+  for_batches({&x, &y}, cut_of_columns(args), context, [&](const Batch& b) {
+    x.read(b, context);
+    ColumnForward a = columns_of(args, x, y, b);
+    a.mean = advance(mean, first_statistic(plan, b) * statistic_bytes);
+    a.rstd = advance(rstd, first_statistic(plan, b) * statistic_bytes);
     a.weight = parameters.weight;
     a.bias = parameters.bias;
     a.parameters_as_compute = parameters.as_compute;
+    const ColumnChoice choice = choose_columns(plan, b.columns, device, args.dtype, 1);
     visit(args.dtype, [&](auto tag) { column_forward<typename decltype(tag)::Type>(a, choice, context); });
-    y.write(first, matrices, context);
+    y.write(b, context);
   });
 }
 
@@ -118,21 +119,23 @@ void columns_backward(const Args& args, const Parameters& parameters, const void
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype), statistic_bytes = size(statistics_dtype(args.dtype));
   const DeviceLimits device = device_limits(context.device);
-  const ColumnChoice choice = choose_columns(plan, device, args.dtype, 2);
-  const Partials partials(args, plan.outer * choice.slabs, parameters, dweight, dbias, context);
+  const Cut cut = cut_of_columns(args);
+  const std::int64_t slabs = (plan.inner + cut.columns - 1) / cut.columns;  // of a matrix
+  const Partials partials(args, plan.outer * slabs, parameters, dweight, dbias, context);
   Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
-  for_batches({&x, &dy, &dx}, 1, context, [&](std::int64_t first, std::int64_t matrices) {
-    x.read(first, matrices, context);
-    dy.read(first, matrices, context);
-    ColumnBackward a = columns_of(args, dy, x, dx, first, matrices);
-    a.mean = advance(mean, first * plan.inner * statistic_bytes);
-    a.rstd = advance(rstd, first * plan.inner * statistic_bytes);
+  for_batches({&x, &dy, &dx}, cut, context, [&](const Batch& b) {
+    x.read(b, context);
+    dy.read(b, context);
+    ColumnBackward a = columns_of(args, dy, x, dx, b);
+    a.mean = advance(mean, first_statistic(plan, b) * statistic_bytes);
+    a.rstd = advance(rstd, first_statistic(plan, b) * statistic_bytes);
     a.weight = parameters.weight;
     a.parameters_as_compute = parameters.as_compute;
     a.partial_length = partials.fold.partial_length;
-    a.partial = advance(partials.data, first * choice.slabs * partials.bytes);
+    a.partial = advance(partials.data, (b.first * slabs + b.column / cut.columns) * partials.bytes);
+    const ColumnChoice choice = choose_columns(plan, b.columns, device, args.dtype, 2);
     visit(args.dtype, [&](auto tag) { column_backward<typename decltype(tag)::Type>(a, choice, context); });
-    dx.write(first, matrices, context);
+    dx.write(b, context);
   });
   partials.finish(args.dtype, device, context);
 }

@@ -21,14 +21,14 @@ __device__ __forceinline__ std::int64_t offset_in(const Loop& loop, std::int64_t
 
 // S: an unsigned integer of an element's size, which may lie at any address.
 template <class S>
-__global__ void __launch_bounds__(256)
-    copy_elements(cuda::Nest to, cuda::Nest from, std::int64_t first, std::int64_t count) {
-  const std::int64_t inner = from.inner.count, elements = count * inner;
+__global__ void __launch_bounds__(256) copy_elements(cuda::Nest to, cuda::Nest from, cuda::Lines lines) {
+  const std::int64_t elements = lines.count * lines.columns;
   const std::int64_t threads = std::int64_t{gridDim.x} * blockDim.x;
   for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < elements; i += threads) {
-    const std::int64_t line = i / inner, position = i - line * inner;
-    const char* source = from.data + offset_in(from.lines, first + line) + offset_in(from.inner, position);
-    store_element(to.data + offset_in(to.lines, first + line) + offset_in(to.inner, position), load_element<S>(source));
+    const std::int64_t row = i / lines.columns, line = lines.first + row;
+    const std::int64_t position = lines.column + i - row * lines.columns;
+    const char* source = from.data + offset_in(from.lines, line) + offset_in(from.inner, position);
+    store_element(to.data + offset_in(to.lines, line) + offset_in(to.inner, position), load_element<S>(source));
   }
 }
 
@@ -60,15 +60,15 @@ Config config_of(std::int64_t elements, const Context& context) {
 
 }  // namespace
 
-void copy_lines(const Nest& to, const Nest& from, std::int64_t first, std::int64_t count, std::int64_t element_bytes,
+void copy_lines(const Nest& to, const Nest& from, const Lines& lines, std::int64_t element_bytes,
                 const Context& context) {
-  const std::int64_t elements = count * from.inner.count;
+  const std::int64_t elements = lines.count * lines.columns;
   if (elements == 0) return;
   const Config config = config_of(elements, context);
   switch (element_bytes) {
-    case 2: launch(copy_elements<std::uint16_t>, config, context.stream, to, from, first, count); break;
-    case 4: launch(copy_elements<std::uint32_t>, config, context.stream, to, from, first, count); break;
-    default: launch(copy_elements<std::uint64_t>, config, context.stream, to, from, first, count); break;
+    case 2: launch(copy_elements<std::uint16_t>, config, context.stream, to, from, lines); break;
+    case 4: launch(copy_elements<std::uint32_t>, config, context.stream, to, from, lines); break;
+    default: launch(copy_elements<std::uint64_t>, config, context.stream, to, from, lines); break;
   }
 }
 

@@ -15,8 +15,13 @@ struct Nest {
   Loop lines, inner;
 };
 
-// Lines [first, first + count) of `from` to the same lines of `to`; counts and extents of both are the same.
-void copy_lines(const Nest& to, const Nest& from, std::int64_t first, std::int64_t count, std::int64_t element_bytes,
+// Elements [column, column + columns) of lines [first, first + count).
+struct Lines {
+  std::int64_t first, count, column, columns;
+};
+
+// Those of `from` to the same of `to`; counts and extents of both are the same.
+void copy_lines(const Nest& to, const Nest& from, const Lines& lines, std::int64_t element_bytes,
                 const Context& context);
 
 // mean 0 and rstd 1 / sqrt(eps) of rows without elements.

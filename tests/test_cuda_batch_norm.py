@@ -407,6 +407,21 @@ def test_cuda_batch_norm_bits_do_not_depend_on_strides(device, shape, channel_ax
     assert all_bytes(device, *arrays, channel_axis=channel_axis) == expected
 
 
+@pytest.mark.parametrize(("shape", "channel_axis"), [((600, 131), 1), ((40, 9, 7, 7), 1), ((9, 5, 20, 21), 1)], ids=str)
+def test_cuda_batch_norm_bits_do_not_depend_on_how_much_is_packed_at_a_time(emulated, shape, channel_axis):
+    """All, some channels, or one."""
+    arrays = inputs(shape, channel_axis, np.float32)
+    expected = all_bytes(emulated, *arrays, channel_axis=channel_axis)
+    arrays = [LAYOUTS["reversed_last"](a) for a in arrays]
+    launches = []
+    for l2_bytes in (50 << 20, 3 * np.prod(shape), 0):
+        emulated.library.set_device(l2_bytes=int(l2_bytes))
+        emulated.library.take_launches()
+        assert all_bytes(emulated, *arrays, channel_axis=channel_axis) == expected, l2_bytes
+        launches.append(len(emulated.library.take_launches()))
+    assert launches[0] < launches[1] < launches[2]
+
+
 # ---- Which kernels run ----------------------------------------------------------------------------------------------
 
 

@@ -419,6 +419,25 @@ def test_cuda_bits_do_not_depend_on_strides(device, shape, axis, layout):
     assert all_bytes(device, *arrays, axis=axis) == all_bytes(device, *map(packed, arrays), axis=axis)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((300, 50), -1), ((20, 2000), -1), ((700, 131), 0), ((3, 50, 75), 1), ((6, 50, 71), (0, 2))],
+    ids=str,
+)
+def test_cuda_bits_do_not_depend_on_how_much_is_packed_at_a_time(emulated, shape, axis):
+    """All, some, or as little as can be: a row, or columns whose dweight is summed together."""
+    arrays = inputs(shape, axis, np.float32)
+    expected = all_bytes(emulated, *arrays, axis=axis)
+    arrays = [LAYOUTS["reversed_last"](a) for a in arrays]
+    launches = []
+    for l2_bytes in (50 << 20, 3 * np.prod(shape), 0):
+        emulated.library.set_device(l2_bytes=int(l2_bytes))
+        emulated.library.take_launches()
+        assert all_bytes(emulated, *arrays, axis=axis) == expected, l2_bytes
+        launches.append(len(emulated.library.take_launches()))
+    assert launches[0] < launches[1] < launches[2]
+
+
 @pytest.mark.parametrize("size", KINDS)
 @by_dtype
 def test_cuda_bits_do_not_depend_on_the_place_in_the_batch(device, rng, dtype, size):

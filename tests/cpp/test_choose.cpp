@@ -11,8 +11,8 @@ namespace {
 using namespace lanenorm;
 using namespace lanenorm::cuda;
 
-constexpr DeviceLimits kH200{132, 232448, 233472, 90, 16};
-constexpr DeviceLimits kTuring{40, 65536, 65536, 75, 1};
+constexpr DeviceLimits kH200{132, 232448, 233472, 90, 16, 50 << 20};
+constexpr DeviceLimits kTuring{40, 65536, 65536, 75, 1, 4 << 20};
 
 // rows x length, float32 C order, normalized over the last axis or the first.
 std::unique_ptr<Plan> plan_of(std::int64_t rows, std::int64_t length, int axis, DType dtype) {
@@ -115,7 +115,7 @@ void chunks_of_rows() {
 // Columns of (rows, columns), of float32.
 ColumnChoice columns_of(std::int64_t rows, std::int64_t columns, const DeviceLimits& device = kH200, int tensors = 1,
                         DType dtype = DType::float32) {
-  return choose_columns(*plan_of(rows, columns, 0, dtype), device, dtype, tensors);
+  return choose_columns(*plan_of(rows, columns, 0, dtype), columns, device, dtype, tensors);
 }
 
 void columns_are_cut_into_strips_and_pieces() {
@@ -157,7 +157,7 @@ void columns_stay_on_chip() {
 }
 
 void resident_columns_fit() {
-  constexpr DeviceLimits kAda{142, 101376, 102400, 89, 1};
+  constexpr DeviceLimits kAda{142, 101376, 102400, 89, 1, 72 << 20};
   for (const DeviceLimits& device : {kH200, kTuring, kAda, DeviceLimits{1, 232448, 233472, 90, 2}}) {
     for (const DType dtype : {DType::float16, DType::float32, DType::float64}) {
       for (const int tensors : {1, 2}) {

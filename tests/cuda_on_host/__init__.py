@@ -85,9 +85,12 @@ def set_device(
     shared_per_multiprocessor=233472,
     architecture=90,
     max_cluster=16,
+    l2_bytes=50 << 20,
 ):
     """The GPU to be. The defaults are an H200, which is what the module starts with."""
-    _emulated().set_device(multiprocessors, shared_per_block, shared_per_multiprocessor, architecture, max_cluster)
+    _emulated().set_device(
+        multiprocessors, shared_per_block, shared_per_multiprocessor, architecture, max_cluster, l2_bytes
+    )
 
 
 def set_schedule(schedule):

@@ -29,6 +29,7 @@ struct Device {
   int shared_per_multiprocessor = 233472;
   int architecture = 90;  // as in sm_90
   int max_cluster = 16;
+  int l2_bytes = 50 << 20;
 };
 Device device_limits();
 void set_device(const Device& device);

@@ -65,8 +65,9 @@ struct Emulated {
 };
 
 void set_device(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int architecture,
-                int max_cluster) {
-  on_host::set_device({multiprocessors, shared_per_block, shared_per_multiprocessor, architecture, max_cluster});
+                int max_cluster, int l2_bytes) {
+  on_host::set_device(
+      {multiprocessors, shared_per_block, shared_per_multiprocessor, architecture, max_cluster, l2_bytes});
 }
 
 void set_schedule(bool reversed) {
