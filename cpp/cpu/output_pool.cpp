@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <deque>
 #include <mutex>
-#include <unordered_map>
 
 namespace lanenorm {
 namespace {
@@ -23,6 +23,7 @@ constexpr std::size_t kRounding = std::size_t{64} << 10;  // of smaller blocks, 
 // 1, 2 or 3 KB into a page, 133.
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kPlaces[] = {1344, 2432, 3520};  // and no multiple of 512, as rows often are
+constexpr std::size_t kHeader = 64;                    // before an array: how much is mapped for it
 
 std::size_t rounded(std::size_t bytes) {
   const std::size_t unit = bytes >= kHugePage ? kHugePage : kRounding;
@@ -78,8 +79,8 @@ class Pool {
       if (mapped == nullptr) return nullptr;
       block = {static_cast<char*>(mapped) + kPlaces[next_place_], wanted};
       next_place_ = (next_place_ + 1) % (sizeof kPlaces / sizeof kPlaces[0]);
+      std::memcpy(block.array - kHeader, &block.capacity, sizeof block.capacity);
     }
-    used_.emplace(block.array, block.capacity);
     used_bytes_ += block.capacity;
     if (best != free_.end()) {
       free_bytes_ -= block.capacity;
@@ -90,18 +91,17 @@ class Pool {
 
   void release(void* array) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = used_.find(array);
-    const Block block{static_cast<char*>(array), found->second};
-    used_.erase(found);
+    const Block block{static_cast<char*>(array), capacity(array)};
     used_bytes_ -= block.capacity;
     free_.push_back(block);
     free_bytes_ += block.capacity;
     drop(limit_);
   }
 
-  std::size_t capacity(const void* array) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return used_.at(const_cast<void*>(array));
+  static std::size_t capacity(const void* array) {
+    std::size_t bytes;
+    std::memcpy(&bytes, static_cast<const char*>(array) - kHeader, sizeof bytes);
+    return bytes;
   }
 
   PoolUse use() {
@@ -137,7 +137,6 @@ class Pool {
 
   std::mutex mutex_;
   std::deque<Block> free_;  // in the order in which they were freed
-  std::unordered_map<void*, std::size_t> used_;
   std::size_t used_bytes_ = 0, free_bytes_ = 0, next_place_ = 0;
   std::int64_t limit_ = default_limit();
 };
@@ -169,7 +168,7 @@ void pool_free(void* block) noexcept {
   }
 }
 
-std::size_t pool_capacity(const void* block) noexcept { return pool().capacity(block); }
+std::size_t pool_capacity(const void* block) noexcept { return Pool::capacity(block); }
 PoolUse pool_use() noexcept { return pool().use(); }
 void pool_free_all() noexcept { pool().keep(0, false); }
 void pool_set_limit(std::int64_t limit) noexcept { pool().keep(limit, true); }

@@ -176,7 +176,7 @@ def use_isa(name: str) -> str:
 class MemoryPool:
     """The memory that large outputs are made of, kept when they die and used again.
 
-    Memory fresh from the operating system costs more than normalizing into it. Outputs of 256 KB and more that no `out`
+    Memory fresh from the operating system costs more than normalizing into it. Outputs of 112 KB and more that no `out`
     was given for come from here; they are ordinary arrays that own their data. Methods are those of CuPy's
     `cupy.cuda.MemoryPool`; `get_default_memory_pool` gives the one instance.
 
