@@ -111,6 +111,25 @@ def test_batch_norm_accuracy_border_counts(rng, dtype, count):
     check_sweep(rng, dtype, count)
 
 
+@pytest.mark.parametrize("images", [2, 7, 8, 40])
+@pytest.mark.parametrize("plane", [15, 16, 49, 196])
+@by_dtype
+def test_batch_norm_accuracy_of_small_planes(rng, dtype, plane, images):
+    """9 channels of each kind: more than a vector of statistics; with outliers, steps and drifts among them."""
+    for makers, eps in sweep_groups(dtype, plane * images):
+        values = matrix(rng, makers, plane * images, dtype, rows=9)
+        gradient = normal(rng, values.shape, dtype)
+        weight, bias = parameters(rng, len(values), parameter_dtypes(dtype)[-1])
+        check_batch_norm(columns_of(values, plane), columns_of(gradient, plane), weight, bias, eps=eps)
+
+
+@pytest.mark.parametrize(("images", "plane"), [(32, 31), (17, 33), (7, 48)])
+def test_batch_norm_accuracy_of_constant_planes(rng, images, plane):
+    """The values that a pivot is made of say little about the others, and all roundings go the same way."""
+    values = np.repeat(normal(rng, (400, images), np.float32), plane, axis=1)
+    check_batch_norm(columns_of(values, plane), columns_of(normal(rng, values.shape, np.float32), plane), eps=0.0)
+
+
 @pytest.mark.parametrize("count", LONG_COUNTS)
 @pytest.mark.parametrize("order", ["channels-first", "channels-last"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda d: d.name)

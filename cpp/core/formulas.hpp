@@ -90,10 +90,17 @@ LANENORM_INLINE FoldedWeight<D> fold_weight(D rstd, D rstd_low, D shift, D weigh
 
 // Whether the factor may stand for rstd and weight: it must not come near the ends of C's range. (NaN may not.)
 template <class C>
+inline constexpr C kLargestFactor = sizeof(C) == 4 ? C(0x1p+100) : static_cast<C>(0x1p+1000);
+template <class C>
 LANENORM_INLINE bool foldable(C factor, C weight) {
-  constexpr C kLargest = sizeof(C) == 4 ? C(0x1p+100) : static_cast<C>(0x1p+1000);
   const C magnitude = factor < C(0) ? -factor : factor;
-  return ((magnitude >= 1 / kLargest) & (magnitude <= kLargest)) | (weight == C(0));
+  return ((magnitude >= 1 / kLargestFactor<C>)&(magnitude <= kLargestFactor<C>)) | (weight == C(0));
+}
+// Bit i: lane i may, also when rounded to C.
+template <class C, class D>
+LANENORM_INLINE unsigned foldable_lanes(D factor, D weight) {
+  const D largest = D::broadcast(kLargestFactor<C>), smallest = D::broadcast(1 / kLargestFactor<C>);
+  return (at_most(smallest, abs(factor)) & at_most(abs(factor), largest)) | at_most(abs(weight), D::zero());
 }
 
 // Where it may not, with x scaled first. Weight 1 gives the bits of the folded formula.
@@ -141,6 +148,12 @@ LANENORM_INLINE bool finite(double v) { return v - v == 0.0; }
 template <class C>
 LANENORM_INLINE bool out_of_range(double variance, double eps) {
   return !(variance <= kLargestVariance<C>) | !(variance + eps >= kSmallestVariance<C>);
+}
+// Bit i: lane i is in range.
+template <class C, class D>
+LANENORM_INLINE unsigned in_range_lanes(D variance, D eps) {
+  return at_most(variance, D::broadcast(kLargestVariance<C>)) &
+         at_most(D::broadcast(kSmallestVariance<C>), variance + eps);
 }
 
 // The scale to redo an out-of-range statistic with. float32 data are redone in double, which needs none; float64 data

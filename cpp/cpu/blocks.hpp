@@ -229,6 +229,20 @@ LANENORM_INLINE Moments<D> moments_about(D pivot, D sum, D square, D count, D ze
   return {pivot, sum, zero, fma(negate(sum), sum / count, square)};
 }
 
+// As kernels of columns and planes leave them: four arrays, `pitch` apart.
+template <class D>
+LANENORM_INLINE Moments<D> load_moments(const double* moments, std::int64_t pitch, std::int64_t j) {
+  return {load_lanes<D>(moments + j), load_lanes<D>(moments + pitch + j), load_lanes<D>(moments + 2 * pitch + j),
+          load_lanes<D>(moments + 3 * pitch + j)};
+}
+template <class D>
+LANENORM_INLINE void store_moments(const Moments<D>& m, double* moments, std::int64_t pitch, std::int64_t j) {
+  store_lanes(m.pivot, moments + j);
+  store_lanes(m.sum, moments + pitch + j);
+  store_lanes(m.low, moments + 2 * pitch + j);
+  store_lanes(m.m2, moments + 3 * pitch + j);
+}
+
 // A vector rounded to C.
 template <class C>
 LANENORM_INLINE F64x8 rounded(F64x8 a) {

@@ -21,6 +21,7 @@ namespace {
 // are swept again, lose more by short stretches of memory than they gain: 784 x 512 in tiles of 160 columns forward 98,
 // backward 159 us, in one tile 75 and 128; 768 x 16384 6.5 and 11.4 ms, 4.9 and 9.5.
 constexpr std::int64_t kTileRowBytes = 4096;
+constexpr std::int64_t kAheadInLine = 1024;  // bytes that are fetched ahead in each of some lines
 // Two tiles with all their rows that L2 may hold.
 constexpr std::int64_t kTwoTilesBytes = 640 << 10;
 // Matrices from this size on are cut for several threads: 32 x 1024 took 13 us on one and 17 on two.
@@ -36,7 +37,8 @@ class ColumnDriver {
         plan_(p.plan),
         rows_(p.plan.lines_per_statistic),
         columns_(p.plan.inner),
-        fold_(p.plan.fold),
+        plane_(of_planes(p) ? p.plan.fold : 1),
+        fold_(p.plan.fold / plane_),
         stream_(p.stream()) {
     piece_rows_ = piece_rows();
     segments_ = ceil_div(rows_, piece_rows_);
@@ -49,9 +51,10 @@ class ColumnDriver {
       parallel_for(plan_.outer * tiles_, p_.bytes(2), [&](std::int64_t piece) {
         const Tile t = tile(piece);
         Constants constants = of_thread<Constants>(t);
-        double* moments = segment_buffer(4 * padded(t.columns));
-        for (std::int64_t s = 0; s < segments_; ++s) tile_moments(t, s, moments + s * 4 * padded(t.columns));
-        finish_tile(t, moments, 4 * padded(t.columns), &constants);
+        const std::int64_t stride = 4 * padded(t.sums);
+        double* moments = segment_buffer(stride);
+        for (std::int64_t s = 0; s < segments_; ++s) tile_moments(t, s, moments + s * stride);
+        finish_tile(t, moments, stride, &constants);
         for (std::int64_t s = 0; s < segments_; ++s) apply(t, segment(s), constants);
       });
     } else {
@@ -59,20 +62,24 @@ class ColumnDriver {
     }
   }
 
-  // A column is a statistic (small planes are the row driver's).
+  // Of columns, and of planes that are smaller than kLeastPlane; others are the row driver's.
   void inference() const {
-    const auto array = [](const void* p, std::int64_t first) {
-      return p == nullptr ? nullptr : static_cast<C*>(const_cast<void*>(p)) + first;
-    };
     const std::int64_t rows = larger(16, 2 * kPieceElements / tile_), parts = ceil_div(rows_, rows);
     parallel_for(plan_.outer * tiles_ * parts, p_.bytes(2), [&](std::int64_t piece) {
       const Tile t = tile(piece / parts);
       const std::int64_t first = piece % parts * rows;
-      Constants c;
-      c.mean = array(p_.mean, t.statistic);
-      c.rstd = array(p_.rstd, t.statistic);
-      c.weight = array(p_.weight, t.statistic);
-      c.bias = array(p_.bias, t.statistic);
+      Constants c = fold_ > 1 ? of_thread<Constants>(t) : Constants();
+      const auto of_tile = [&](const void* values, C* expanded) -> C* {
+        C* own = values == nullptr ? nullptr : static_cast<C*>(const_cast<void*>(values)) + t.statistic;
+        if (fold_ == 1 || own == nullptr) return own;
+        expand(own, t.columns, expanded);
+        return expanded;
+      };
+      c.mean = of_tile(p_.mean, c.mean);
+      c.rstd = of_tile(p_.rstd, c.rstd);
+      c.weight = of_tile(p_.weight, c.weight);
+      c.bias = of_tile(p_.bias, c.bias);
+      c.shift = nullptr;
       apply(t, {first, smaller(rows, rows_ - first)}, c);
     });
   }
@@ -97,6 +104,7 @@ class ColumnDriver {
 
   struct Tile {
     std::int64_t matrix, first, columns;  // columns [first, first + columns) of a matrix
+    std::int64_t sums;                    // columns or planes that kernels sum
     std::int64_t statistic;               // index of the first one
     std::int64_t statistics;
   };
@@ -110,8 +118,9 @@ class ColumnDriver {
     t.matrix = piece / tiles_;
     t.first = piece % tiles_ * tile_;
     t.columns = smaller(tile_, columns_ - t.first);
-    t.statistic = t.matrix * (columns_ / fold_) + t.first / fold_;
-    t.statistics = t.columns / fold_;
+    t.sums = t.columns / plane_;
+    t.statistic = (t.matrix * columns_ + t.first) / plan_.fold;
+    t.statistics = t.columns / plan_.fold;
     return t;
   }
 
@@ -128,7 +137,7 @@ class ColumnDriver {
   // planes took twice the time. Of one segment, tiles are all that threads have to share, in equal parts; not where
   // sums run along the rows, whose order of additions a tile is part of.
   std::int64_t tile_columns() const {
-    const std::int64_t most = kTileRowBytes / size(p_.args.dtype), unit = std::lcm(fold_, std::int64_t{16});
+    const std::int64_t most = kTileRowBytes / size(p_.args.dtype), unit = std::lcm(plan_.fold, std::int64_t{16});
     std::int64_t target = most;
     if (segments_ == 1 && plan_.outer == 1 && plan_.elements >= kSharedElements && !along_rows()) {
       const std::int64_t threads = get_num_threads();
@@ -137,6 +146,13 @@ class ColumnDriver {
     const std::int64_t up = ceil_div(target, unit) * unit;
     return smaller(columns_, up <= most ? up : larger(1, target / unit) * unit);
   }
+
+  // Whether kernels of planes do it, else those of columns: moments of float64 too, whose blocks and pivots 7x7 planes
+  // would have of their own (8x2048x7x7: forward 1120 us, 510 as columns).
+  static bool of_planes(const Problem& p) {
+    return p.plan.fold >= kLeastPlane && (sizeof(C) == 4 || p.operation == Operation::backward);
+  }
+  bool planes() const { return plane_ > 1; }
 
   // dweight and dbias of LN over a leading or middle axis.
   bool along_rows() const { return plan_.affine == Affine::per_element && p_.dweight != nullptr; }
@@ -172,6 +188,12 @@ class ColumnDriver {
     return holds_two_tiles(arrays) && !last ? t.columns * size(p_.args.dtype) : 0;
   }
 
+  // The same for planes, whose kernels fetch along each line: what follows in it where there is no next tile to fetch.
+  std::int64_t next_plane(const Tile& t, std::int64_t arrays) const {
+    const std::int64_t next = next_tile(t, arrays);
+    return !stream_ ? 0 : next > 0 ? next : kAheadInLine;
+  }
+
   // Where the lines of a tile begin within a page, if they are a multiple of 4 KB apart; and how far from there what
   // kernels keep of each column lies, whose arrays are 576 bytes apart (padded()).
   const void* first_line(const Tile& t) const {
@@ -192,8 +214,8 @@ class ColumnDriver {
   template <class Arrays>
   Arrays of_thread(const Tile& t) const {
     Buffer& buffer = thread_buffer(Slot::constants);
-    buffer.reserve(bytes_of<Arrays>(t.columns));
-    return place<Arrays>(t, buffer, 0, t.columns);
+    buffer.reserve(bytes_of<Arrays>(t.sums));
+    return place<Arrays>(t, buffer, 0, t.sums);
   }
 
   std::int64_t line(const Tile& t, const Rows& r) const { return t.matrix * rows_ + r.first; }
@@ -238,15 +260,15 @@ class ColumnDriver {
   void spread_constants(const Tile& t, Constants* c) const {
     if (plan_.affine == Affine::per_statistic) {
       fold_weights(t, c);
-      spread(t.columns, c->bias);
+      spread(t.sums, c->bias);
     } else {
       c->general = c->scaled;
-      spread(t.columns, c->rstd_low);
+      spread(t.sums, c->rstd_low);
     }
-    spread(t.columns, c->mean);
-    spread(t.columns, c->rstd);
-    spread(t.columns, c->shift);
-    if (c->general) spread(t.columns, c->scale);
+    spread(t.sums, c->mean);
+    spread(t.sums, c->rstd);
+    spread(t.sums, c->shift);
+    if (c->general) spread(t.sums, c->scale);
   }
 
   void fold_weights(const Tile& t, Constants* c) const {
@@ -272,7 +294,7 @@ class ColumnDriver {
           c->weight[s] = C(1);
         }
       }
-      spread(t.columns, c->weight);
+      spread(t.sums, c->weight);
     }
     if (bias == nullptr) {
       std::fill_n(c->bias, t.statistics, -C(0));
@@ -298,6 +320,7 @@ class ColumnDriver {
   // ---- moments
 
   void tile_moments(const Tile& t, std::int64_t s, double* moments, bool wide = false, double scale = 1.0) const {
+    if (planes()) return plane_moments(t, s, moments, wide);
     InputLines x = x_lines();
     Buffer& scratch = thread_buffer(Slot::sums);
     scratch.reserve(3 * padded(t.columns) * 8 + kBesidePage);
@@ -313,15 +336,35 @@ class ColumnDriver {
     wide ? p_.kernels.column_moments_wide(a) : p_.kernels.column_moments(a);
   }
 
+  void* plane_scratch(const Tile& t) const {
+    Buffer& buffer = thread_buffer(Slot::sums);
+    buffer.reserve(t.sums * kPlaneScratch * 8);
+    return buffer.data();
+  }
+
+  void plane_moments(const Tile& t, std::int64_t s, double* moments, bool wide) const {
+    InputLines x = x_lines();
+    const Rows rows = segment(s);
+    PlaneMoments a;
+    a.rows = rows.count;
+    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.planes = t.sums;
+    a.length = plane_;
+    a.moments = moments;
+    a.scratch = plane_scratch(t);
+    a.ahead = ahead(t, 1);
+    wide ? p_.kernels.plane_moments_wide(a) : p_.kernels.plane_moments(a);
+  }
+
   // Merges the segments' moments of a tile into the first, neighbours first, as a binary tree over their index.
-  void merge_segments(double* moments, std::int64_t stride, std::int64_t columns) const {
+  void merge_segments(double* moments, std::int64_t stride, std::int64_t count) const {
     for (std::int64_t step = 1; step < segments_; step *= 2) {
       for (std::int64_t s = 0; s + step < segments_; s += 2 * step) {
-        const auto rows_of = [&](std::int64_t first) {
-          return static_cast<double>(smaller(step * piece_rows_, rows_ - first * piece_rows_));
+        const auto values_of = [&](std::int64_t first) {
+          return static_cast<double>(smaller(step * piece_rows_, rows_ - first * piece_rows_) * plane_);
         };
         p_.kernels.column_merge(
-            {moments + s * stride, moments + (s + step) * stride, columns, rows_of(s), rows_of(s + step)});
+            {moments + s * stride, moments + (s + step) * stride, count, values_of(s), values_of(s + step)});
       }
     }
   }
@@ -363,7 +406,7 @@ class ColumnDriver {
 
   // Segments merged and columns folded: moments of the statistics of a tile.
   double* join(const Tile& t, double* moments, std::int64_t stride) const {
-    merge_segments(moments, stride, t.columns);
+    merge_segments(moments, stride, t.sums);
     if (fold_ == 1) return moments;
     Buffer& buffer = thread_buffer(Slot::folded);
     buffer.reserve(4 * padded(t.statistics) * 8);
@@ -373,7 +416,7 @@ class ColumnDriver {
 
   // Statistics out of range, from x in double. The whole tile is swept, only those are replaced.
   void redo(const Tile& t, const double* m2, bool finite_m2, Constants* c, C* mean, C* rstd) const {
-    const std::int64_t stride = 4 * padded(t.columns);
+    const std::int64_t stride = 4 * padded(t.sums);
     const double count = static_cast<double>(plan_.reduced);
     Buffer kept(t.statistics * 8), wide((segments_ + 1) * stride * 8);
     double* old_m2 = kept.as<double>();
@@ -403,6 +446,7 @@ class ColumnDriver {
   // ---- forward
 
   void apply(const Tile& t, const Rows& rows, const Constants& c) const {
+    if (planes()) return plane_apply(t, rows, c);
     InputLines x = x_lines();
     OutputLines y = y_lines();
     ColumnApply a;
@@ -424,6 +468,27 @@ class ColumnDriver {
     y.finish();
   }
 
+  void plane_apply(const Tile& t, const Rows& rows, const Constants& c) const {
+    InputLines x = x_lines();
+    OutputLines y = y_lines();
+    PlaneApply a;
+    a.rows = rows.count;
+    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.y = y.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.planes = t.sums;
+    a.length = plane_;
+    a.mean = c.mean;
+    a.factor = c.rstd;
+    a.bias = c.bias;
+    a.shift = c.shift;
+    a.weight = c.weight;
+    a.scale = c.general ? c.scale : nullptr;
+    a.stream = stream_;
+    a.next = next_plane(t, 1);
+    p_.kernels.plane_apply(a);
+    y.finish();
+  }
+
   void forward_in_phases() const {
     const std::int64_t tiles = plan_.outer * tiles_, stride = 4 * padded(tile_);
     Buffer buffer(tiles * segments_ * stride * 8);
@@ -440,14 +505,14 @@ class ColumnDriver {
       Constants c = of_thread<Constants>(t);
       finish_tile(t, moments + piece * segments_ * stride, stride, &c);
       const Constants to = place<Constants>(t, kept, piece, tile_);
-      copy(c.mean, t.columns, to.mean);
-      copy(c.rstd, t.columns, to.rstd);
-      copy(c.shift, t.columns, to.shift);
-      copy(c.rstd_low, t.columns, to.rstd_low);
-      copy(c.bias, t.columns, to.bias);
+      copy(c.mean, t.sums, to.mean);
+      copy(c.rstd, t.sums, to.rstd);
+      copy(c.shift, t.sums, to.shift);
+      copy(c.rstd_low, t.sums, to.rstd_low);
+      copy(c.bias, t.sums, to.bias);
       if (c.general) {
-        copy(c.scale, t.columns, to.scale);
-        copy(c.weight, t.columns, to.weight);
+        copy(c.scale, t.sums, to.scale);
+        copy(c.weight, t.sums, to.weight);
       }
       general.data()[piece] = c.general;
     });
@@ -479,12 +544,13 @@ class ColumnDriver {
   };
 
   void expand_statistics(const Tile& t, Gradients* g) const {
-    expand(static_cast<const C*>(p_.mean) + t.statistic, t.columns, g->mean);
-    expand(static_cast<const C*>(p_.rstd) + t.statistic, t.columns, g->rstd);
+    expand(static_cast<const C*>(p_.mean) + t.statistic, t.sums, g->mean);
+    expand(static_cast<const C*>(p_.rstd) + t.statistic, t.sums, g->rstd);
   }
 
-  // sums: (3, padded(columns)), written.
+  // sums: (3, padded(t.sums)), written.
   void tile_sums(const Tile& t, std::int64_t s, const Gradients& g, double* sums) const {
+    if (planes()) return plane_sums(t, s, g, sums);
     InputLines x = x_lines(), dy = dy_lines();
     Buffer& scratch = thread_buffer(Slot::sums);
     const std::int64_t pitch = padded(t.columns);
@@ -504,19 +570,36 @@ class ColumnDriver {
     p_.kernels.column_sums(a);
   }
 
+  void plane_sums(const Tile& t, std::int64_t s, const Gradients& g, double* sums) const {
+    InputLines x = x_lines(), dy = dy_lines();
+    const Rows rows = segment(s);
+    PlaneSums a;
+    a.rows = rows.count;
+    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.dy = dy.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.planes = t.sums;
+    a.length = plane_;
+    a.mean = g.mean;
+    a.rstd = g.rstd;
+    a.sums = sums;
+    a.scratch = plane_scratch(t);
+    a.ahead = ahead(t, 2);
+    p_.kernels.plane_sums(a);
+  }
+
   // sums: one block of 3 arrays per segment, `stride` doubles apart. Fills the constants and, for BN, dweight, dbias.
   void finish_gradients(const Tile& t, double* sums, std::int64_t stride, Gradients* g) const {
-    const std::int64_t pitch = padded(t.columns);
+    const std::int64_t pitch = padded(t.sums);
     for (std::int64_t s = 1; s < segments_; ++s) {
       for (std::int64_t array = 0; array < 3; ++array) {
-        add_partials(sums + s * stride + array * pitch, t.columns, sums + array * pitch);
+        add_partials(sums + s * stride + array * pitch, t.sums, sums + array * pitch);
       }
     }
     const bool per_statistic = plan_.affine == Affine::per_statistic;
     const C* weight = per_statistic && p_.weight != nullptr ? static_cast<const C*>(p_.weight) + t.statistic : nullptr;
     ColumnGradientFinish a;
     a.sums = sums;
-    a.columns = t.columns;
+    a.columns = t.sums;
     a.fold = fold_;
     a.count = static_cast<double>(plan_.reduced);
     a.rstd = static_cast<const C*>(p_.rstd) + t.statistic;
@@ -529,13 +612,13 @@ class ColumnDriver {
     a.dweight = per_statistic && p_.dweight != nullptr ? p_.dweight + t.statistic : nullptr;
     a.dbias = a.dweight == nullptr ? nullptr : p_.dbias + t.statistic;
     p_.kernels.column_gradient_finish(a);
-    for (C* values : {g->shift, g->minus_mean_g, g->minus_mean_gx, g->factor}) spread(t.columns, values);
+    for (C* values : {g->shift, g->minus_mean_g, g->minus_mean_gx, g->factor}) spread(t.sums, values);
   }
 
   // Sums and constants of all segments of a tile.
   void tile_gradients(const Tile& t, Gradients* g) const {
     expand_statistics(t, g);
-    const std::int64_t stride = 3 * padded(t.columns);
+    const std::int64_t stride = 3 * padded(t.sums);
     double* sums = segment_buffer(stride);
     for (std::int64_t s = 0; s < segments_; ++s) tile_sums(t, s, *g, sums + s * stride);
     finish_gradients(t, sums, stride, g);
@@ -543,6 +626,7 @@ class ColumnDriver {
 
   // dweight, dbias: (rows) running totals of LN parameters, or null.
   void gradient(const Tile& t, std::int64_t s, const Gradients& g, double* dweight, double* dbias) const {
+    if (planes()) return plane_gradient(t, s, g);
     InputLines x = x_lines(), dy = dy_lines();
     OutputLines dx = y_lines();
     ColumnGradient a;
@@ -564,6 +648,29 @@ class ColumnDriver {
     a.stream = stream_;
     a.next = next_tile(t, 2);
     p_.kernels.column_gradient(a);
+    dx.finish();
+  }
+
+  void plane_gradient(const Tile& t, std::int64_t s, const Gradients& g) const {
+    InputLines x = x_lines(), dy = dy_lines();
+    OutputLines dx = y_lines();
+    const Rows rows = segment(s);
+    PlaneGradient a;
+    a.rows = rows.count;
+    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.dy = dy.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.dx = dx.get(line(t, rows), 1, a.rows, t.first, t.columns);
+    a.planes = t.sums;
+    a.length = plane_;
+    a.mean = g.mean;
+    a.rstd = g.rstd;
+    a.shift = g.shift;
+    a.minus_mean_g = g.minus_mean_g;
+    a.minus_mean_gx = g.minus_mean_gx;
+    a.factor = g.factor;
+    a.stream = stream_;
+    a.next = next_plane(t, 2);
+    p_.kernels.plane_gradient(a);
     dx.finish();
   }
 
@@ -618,7 +725,10 @@ class ColumnDriver {
 
   const Problem& p_;
   const Plan& plan_;
-  std::int64_t rows_, columns_, fold_, tile_, tiles_, segments_, piece_rows_;
+  std::int64_t rows_, columns_;
+  std::int64_t plane_;  // adjacent elements of a line that kernels sum: a plane, or 1, a column
+  std::int64_t fold_;   // adjacent columns that share a statistic
+  std::int64_t tile_, tiles_, segments_, piece_rows_;
   bool stream_;
 };
 

@@ -1,7 +1,7 @@
 // Columns: statistics down the columns of a matrix; a lane is a column, so nothing is folded across lanes.
 //
-// BN of (N, C) and of channels-last data, LN over a leading or middle axis, BN of small planes (every position of a
-// plane is a column). Formulas as in row_norm.hpp.
+// BN of (N, C) and of channels-last data, LN over a leading or middle axis, BN of the smallest planes (every position
+// of a plane is a column). Formulas as in row_norm.hpp.
 //
 // Passes over memory: moments read x, apply reads x and writes y: 3s, 2s where the driver finds a tile of columns that
 // stays in cache between the two. Backward 5s and 3s. Within a pass 8 or 4 lines are read side by side, one vector of
@@ -64,29 +64,7 @@ LANENORM_INLINE Ahead ahead_of(const A& a, std::int64_t row, bool stream) {
   return {stream && row + N + rows <= a.rows, rows, 0};
 }
 
-template <class V, class C>
-LANENORM_INLINE V load_lanes(const C* p) {
-  return load<C, V>(reinterpret_cast<const char*>(p), Full{});
-}
-template <class V, class C>
-LANENORM_INLINE void store_lanes(V v, C* p) {
-  store<C>(v, reinterpret_cast<char*>(p), Full{});
-}
-
 // ---- moments -----------------------------------------------------------------------------------------------------
-
-template <class D>
-LANENORM_INLINE Moments<D> load_moments(const double* moments, std::int64_t pitch, std::int64_t j) {
-  return {load_lanes<D>(moments + j), load_lanes<D>(moments + pitch + j), load_lanes<D>(moments + 2 * pitch + j),
-          load_lanes<D>(moments + 3 * pitch + j)};
-}
-template <class D>
-LANENORM_INLINE void store_moments(const Moments<D>& m, double* moments, std::int64_t pitch, std::int64_t j) {
-  store_lanes(m.pivot, moments + j);
-  store_lanes(m.sum, moments + pitch + j);
-  store_lanes(m.low, moments + 2 * pitch + j);
-  store_lanes(m.m2, moments + 3 * pitch + j);
-}
 
 // f(Count<N>, row, rows ahead or 0) for the rows begin..end, N at a time.
 template <class T, class F>
@@ -248,16 +226,21 @@ LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
   const D count = D::broadcast(static_cast<double>(a.rows)), most = D::broadcast(-kSpread);
   for (std::int64_t j = 0; j < a.columns; j += V::kLanes) {
     alignas(64) double beyond[16];
-    bool any = false;
+    unsigned within = ~0u;
     for (int half = 0; half < 2; ++half) {
       const std::int64_t k = j + 8 * half;
       const Moments<D> m = moments_about(load_lanes<D>(pivots + k), load_lanes<D>(sums + k), load_lanes<D>(squares + k),
                                          count, D::zero());
-      store_lanes(fma(most, m.m2, load_lanes<D>(spreads + k)), beyond + 8 * half);
+      const D excess = fma(most, m.m2, load_lanes<D>(spreads + k));
+      within &= at_most(excess, D::zero()) << 8 * half | ~(0xffu << 8 * half);
+      store_lanes(excess, beyond + 8 * half);
       store_moments(m, a.moments, pitch, k);
     }
     const int lanes = static_cast<int>(a.columns - j < V::kLanes ? a.columns - j : V::kLanes);
-    for (int i = 0; i < lanes; ++i) any |= beyond[i] > 0;
+    bool any = false;
+    if (!all_lanes<V>(within, lanes)) {
+      for (int i = 0; i < lanes; ++i) any |= beyond[i] > 0;
+    }
     if (!any) continue;
     alignas(64) double again[4 * 16];
     column_moments_in_double<T, V, D>(a, j, lanes, again, 16);
@@ -378,36 +361,37 @@ void column_merge(const ColumnMerge& a) {
   }
 }
 
-// Two passes over the columns of a statistic: their mean about the first one's pivot, then m2 about that mean.
+// Two passes over the columns of a statistic: their mean about the first one's pivot, which an outlier may have moved
+// far, and then the sums about a value near that mean.
 template <class D>
 void column_fold(const ColumnFold& a) {
   const std::int64_t pitch = padded(a.columns), folded_pitch = padded(a.columns / a.fold);
   const D count = D::broadcast(a.count), inverse = D::broadcast(1.0 / a.count);
+  const double all = a.count * static_cast<double>(a.fold);
   for (std::int64_t s = 0; s < a.columns / a.fold; ++s) {
     const double* m = a.moments + s * a.fold;
-    const double origin = m[0];
-    // Sum about the origin, and m2, of the columns j..j+7; columns beyond the statistic count 0.
-    const auto visit = [&](auto f) LANENORM_LAMBDA_INLINE {
+    // f(sum about the origin, m2) of the columns j..j+7; those beyond the statistic are 0.
+    const auto visit = [&](double origin, auto f) LANENORM_LAMBDA_INLINE {
       for (std::int64_t j = 0; j < a.fold; j += D::kLanes) {
         const int lanes = static_cast<int>(a.fold - j < D::kLanes ? a.fold - j : D::kLanes);
         const auto column = [&](int part) { return D::template load<double>(m + part * pitch + j, lanes); };
-        const D sum = fma(column(0) - D::broadcast(origin), count, column(1) + column(2));
-        f(keep(sum, lanes), column(3), lanes);
+        f(keep(fma(column(0) - D::broadcast(origin), count, column(1) + column(2)), lanes), column(3));
       }
     };
     D total = D::zero();
-    visit([&](D sum, D, int) LANENORM_LAMBDA_INLINE { total = total + sum; });
-    const double sum = total.fold();
-    const D mean = D::broadcast(sum / (a.count * static_cast<double>(a.fold)));
-    D m2 = D::zero();
-    visit([&](D column_sum, D column_m2, int lanes) LANENORM_LAMBDA_INLINE {
-      const D delta = keep(fma(column_sum, inverse, negate(mean)), lanes);  // divisions took a seventh of a forward
-      m2 = m2 + fma(delta * delta, count, column_m2);
+    visit(m[0], [&](D sum, D) LANENORM_LAMBDA_INLINE { total = total + sum; });
+    const double mean = total.fold() / all;
+    const double origin = coarse_pivot(m[0], mean, (mean < 0 ? -mean : mean) * kPivotGrain<double>);
+    D squares = total = D::zero();
+    visit(origin, [&](D sum, D m2) LANENORM_LAMBDA_INLINE {
+      total = total + sum;
+      squares = squares + fma(sum * inverse, sum, m2);  // divisions took a seventh of a forward
     });
-    a.folded[s] = origin;
-    a.folded[folded_pitch + s] = sum;
-    a.folded[2 * folded_pitch + s] = 0.0;
-    a.folded[3 * folded_pitch + s] = m2.fold();
+    const Moments<double> folded = moments_about(origin, total.fold(), squares.fold(), all, 0.0);
+    a.folded[s] = folded.pivot;
+    a.folded[folded_pitch + s] = folded.sum;
+    a.folded[2 * folded_pitch + s] = folded.low;
+    a.folded[3 * folded_pitch + s] = folded.m2;
   }
 }
 
@@ -424,8 +408,7 @@ void column_spread(const ColumnSpread& a) {
   }
 }
 
-// finish() of formulas.hpp, eight statistics at a time. Whether all of them are in range. (Asked one by one by the
-// driver, this and the next took a quarter of a forward of 32 x 1024.)
+// finish() of formulas.hpp, eight statistics at a time. Whether all of them are in range.
 template <class S, class D>
 bool column_finish(const ColumnFinish& a) {
   const std::int64_t pitch = padded(a.columns);
@@ -437,10 +420,7 @@ bool column_finish(const ColumnFinish& a) {
     f.rstd.template store<S>(static_cast<S*>(a.rstd) + j);
     f.rstd_low.template store<S>(static_cast<S*>(a.rstd_low) + j);
     f.shift.template store<S>(static_cast<S*>(a.shift) + j);
-    alignas(64) double variance[8];
-    const int lanes = static_cast<int>(a.columns - j < D::kLanes ? a.columns - j : D::kLanes);
-    f.variance.template store<double>(variance);
-    for (int i = 0; i < lanes; ++i) all &= !out_of_range<S>(variance[i], a.eps);
+    all &= all_lanes<D>(in_range_lanes<S>(f.variance, D::broadcast(a.eps)), a.columns - j);
   }
   return all;
 }
@@ -452,14 +432,11 @@ bool column_weight(const ColumnWeight& a) {
   for (std::int64_t j = 0; j < a.statistics; j += D::kLanes) {
     const int lanes = static_cast<int>(a.statistics - j < D::kLanes ? a.statistics - j : D::kLanes);
     const auto of = [&](const void* p) { return D::template load<S>(static_cast<const S*>(p) + j, lanes); };
-    const FoldedWeight<D> f =
-        fold_weight(of(a.rstd), of(a.rstd_low), of(a.shift), a.weight == nullptr ? D::broadcast(1.0) : of(a.weight));
+    const D weight = a.weight == nullptr ? D::broadcast(1.0) : of(a.weight);
+    const FoldedWeight<D> f = fold_weight(of(a.rstd), of(a.rstd_low), of(a.shift), weight);
     f.factor.template store<S>(static_cast<S*>(a.factor) + j);
     f.shift.template store<S>(static_cast<S*>(a.folded_shift) + j);
-    for (int i = 0; i < lanes; ++i) {
-      const S weight = a.weight == nullptr ? S(1) : static_cast<const S*>(a.weight)[j + i];
-      all &= foldable(static_cast<const S*>(a.factor)[j + i], weight);
-    }
+    all &= all_lanes<D>(foldable_lanes<S>(f.factor, weight), lanes);
   }
   return all;
 }

@@ -31,7 +31,7 @@ struct Problem {
   const void* weight;     // C, or null
   const void* bias;       // C, or null (not in an inference)
   void* mean;             // (statistics) C: written by a forward, read by the others
-  void* rstd;             // likewise; inference: PlanesApply's factor
+  void* rstd;             // likewise; inference: PlaneApply's factor
   ExactStatistic* exact;  // (statistics) for running statistics, or null
   double* dweight;        // zeros on entry, or null
   double* dbias;
@@ -82,6 +82,10 @@ void columns_backward(const Problem& problem);
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 constexpr std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// Small planes (kSmallPlane) of less elements are columns whose moments and sums are folded afterwards: a vector is
+// longer than they are. (64, 1024, 2, 2) as planes: forward 386, backward 549 us; as columns 83 and 110.
+inline constexpr std::int64_t kLeastPlane = 16;
 
 // The least rows of a chunk of LN's dweight and dbias; so many are summed in C (kFlushRows) and need no totals in
 // double, which for few long rows are larger than the data: 1 x 1048576 took 17 copies.

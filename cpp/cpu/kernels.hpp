@@ -164,7 +164,7 @@ struct ColumnWeight {
 };
 
 // BN: y = ((x - mean) * rstd + shift) + bias, rstd and shift with the weight folded in; with scale normalize_affine()
-//     of formulas.hpp. Inference, without shift: y = (x - mean) * rstd + bias; with weight as PlanesApply says.
+//     of formulas.hpp. Inference, without shift: y = (x - mean) * rstd + bias; with weight as PlaneApply says.
 // LN (per_row): y = normalize(x, mean, rstd, rstd_low, shift) * weight + bias; with scale of x * scale.
 struct ColumnApply {
   const void* const* x;
@@ -188,17 +188,6 @@ struct InferenceConstants {
   const void* variance;  // (channels) C
   const void* weight;    // (channels) C, or null
   void *rstd, *factor;   // (channels) C
-};
-
-// BN inference of adjacent planes: y = (x - mean) * factor + bias; with weight y = (x - mean) * factor * weight + bias,
-// where factor 1 changes no bit.
-struct PlanesApply {
-  const void* x;  // (planes, length) T
-  void* y;        // (planes, length) T
-  std::int64_t planes, length;
-  const void *mean, *factor, *bias;  // (planes) C
-  const void* weight;                // (planes) C, or null
-  bool stream;                       // write y past the caches
 };
 
 struct ColumnSums {
@@ -236,6 +225,56 @@ struct ColumnGradient {
   std::int64_t next;        // as in ColumnApply
 };
 
+// ---- planes: a line is `planes` adjacent planes of `length` elements, the i-th of every line has one statistic
+// --------
+
+// Three sums in 16 float32 or 8 float64 lanes and in 8 of double; or two, and a pivot.
+inline constexpr std::int64_t kPlaneScratch = 3 * (8 + 8);
+
+// Of float32 or 16-bit data.
+struct PlaneMoments {
+  const void* const* x;
+  std::int64_t rows, planes, length;
+  double* moments;  // (4, padded(planes)), as of columns
+  void* scratch;    // kPlaneScratch doubles a plane
+  bool ahead;       // fetch the lines that follow: x comes from memory
+};
+
+// y = ((x - mean) * factor + shift) + bias, factor and shift with the weight folded in; with scale normalize_affine()
+// of formulas.hpp. Inference, without shift: y = (x - mean) * factor + bias; with weight y = (x - mean) * factor *
+// weight + bias, where factor 1 changes no bit.
+struct PlaneApply {
+  const void* const* x;
+  void* const* y;
+  std::int64_t rows, planes, length;
+  const void *mean, *factor, *bias;  // (planes) C
+  const void* shift;                 // (planes) C, or null
+  const void* weight;                // (planes) C, with scale; inference: or null
+  const void* scale;                 // (planes) C, or null: all 1
+  bool stream;                       // write y past the caches
+  std::int64_t next;                 // bytes to what is needed next and fetched meanwhile; 0: nothing
+};
+
+struct PlaneSums {
+  const void* const* x;
+  const void* const* dy;
+  std::int64_t rows, planes, length;
+  const void *mean, *rstd;  // (planes) C
+  double* sums;             // (3, padded(planes)): g, g t, t; written
+  void* scratch;            // as in PlaneMoments
+  bool ahead;               // likewise
+};
+
+struct PlaneGradient {
+  const void* const* x;
+  const void* const* dy;
+  void* const* dx;
+  std::int64_t rows, planes, length;
+  const void *mean, *rstd, *shift, *minus_mean_g, *minus_mean_gx, *factor;  // (planes) C
+  bool stream;                                                              // as in PlaneApply
+  std::int64_t next;
+};
+
 // ---- the table ---------------------------------------------------------------------------------------------------
 
 struct KernelTable {
@@ -255,11 +294,15 @@ struct KernelTable {
   bool (*column_finish)(const ColumnFinish&);
   bool (*column_weight)(const ColumnWeight&);
   void (*column_apply)(const ColumnApply&);
-  void (*inference_constants)(const InferenceConstants&);
-  void (*planes_apply)(const PlanesApply&);
+  bool (*inference_constants)(const InferenceConstants&);
   void (*column_sums)(const ColumnSums&);
   void (*column_gradient_finish)(const ColumnGradientFinish&);
   void (*column_gradient)(const ColumnGradient&);
+  void (*plane_moments)(const PlaneMoments&);  // not of float64
+  void (*plane_moments_wide)(const PlaneMoments&);
+  void (*plane_apply)(const PlaneApply&);
+  void (*plane_sums)(const PlaneSums&);
+  void (*plane_gradient)(const PlaneGradient&);
   void (*widen)(const void* values, std::int64_t count, void* out);   // T -> C
   void (*narrow)(const void* values, std::int64_t count, void* out);  // C -> T
 };

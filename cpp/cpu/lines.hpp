@@ -61,6 +61,22 @@ LANENORM_INLINE V keep_part(V v, Part part) {
   return keep(v, part.lanes);
 }
 
+template <class V, class C>
+LANENORM_INLINE V load_lanes(const C* p) {
+  return load<C, V>(reinterpret_cast<const char*>(p), Full{});
+}
+template <class V, class C>
+LANENORM_INLINE void store_lanes(V v, C* p) {
+  store<C>(v, reinterpret_cast<char*>(p), Full{});
+}
+
+// Whether the bits of the first `count` lanes, or of all, are set.
+template <class V>
+LANENORM_INLINE bool all_lanes(unsigned bits, std::int64_t count) {
+  const unsigned wanted = (1u << (count < V::kLanes ? count : V::kLanes)) - 1;
+  return (bits & wanted) == wanted;
+}
+
 // f(element index, Full or Part) over the vectors of a line, kUnroll at a time.
 template <class V, int kUnroll = 1, class F>
 LANENORM_INLINE void for_vectors(std::int64_t length, F&& f) {
@@ -143,6 +159,20 @@ LANENORM_INLINE bool on_cache_lines(char* const* lines, int rows) {
   std::uintptr_t bits = 0;
   for (int r = 0; r < rows; ++r) bits |= reinterpret_cast<std::uintptr_t>(lines[r]);
   return bits % 64 == 0;
+}
+
+// Elements up to the first cache line of every row, where that is one number; else -1.
+template <class T>
+LANENORM_INLINE std::int64_t common_head(char* const* rows, std::int64_t count, std::int64_t length) {
+  constexpr std::int64_t kBytes = sizeof(T);
+  const auto place = [&](std::int64_t r) {
+    return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(rows[r])) % 64;
+  };
+  for (std::int64_t r = 1; r < count; ++r) {
+    if (place(r) != place(0)) return -1;
+  }
+  const std::int64_t head = place(0) % kBytes != 0 ? -1 : (64 - place(0)) % 64 / kBytes;
+  return head < length ? head : -1;
 }
 
 // Writing a line y of f(element index, Full or Part): up to its first cache line, and the rest from element i on.

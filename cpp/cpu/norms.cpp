@@ -250,11 +250,10 @@ void batch_norm_inference(const Args& args) {
     using C = decltype(c);
     const Buffer buffer(4 * channels * static_cast<std::int64_t>(sizeof(C)));
     C *rstd = buffer.as<C>(), *factor = rstd + channels, *weights = factor + channels, *zeros = weights + channels;
-    kernels(args.dtype).inference_constants({channels, args.eps, variance.data(), weight.data(), rstd, factor});
+    const bool all =
+        kernels(args.dtype).inference_constants({channels, args.eps, variance.data(), weight.data(), rstd, factor});
     const C* given = static_cast<const C*>(weight.data());
     const auto may_fold = [&](std::int64_t i) { return foldable(factor[i], given == nullptr ? C(1) : given[i]); };
-    bool all = true;
-    for (std::int64_t i = 0; i < channels; ++i) all &= may_fold(i);
     if (!all) {
       for (std::int64_t i = 0; i < channels; ++i) {
         weights[i] = may_fold(i) ? factor[i] : given == nullptr ? C(1) : given[i];
@@ -275,7 +274,8 @@ void batch_norm_inference(const Args& args) {
                           nullptr,
                           nullptr,
                           nullptr};
-    args.plan.work == Work::rows || args.plan.fold > 1 ? planes_inference<C>(problem) : columns_inference<C>(problem);
+    args.plan.work == Work::rows || args.plan.fold >= kLeastPlane ? planes_inference<C>(problem)
+                                                                  : columns_inference<C>(problem);
   });
 }
 

@@ -252,9 +252,10 @@ class RowDriver {
   }
 
   void apply_planes(const void* x, void* y, std::int64_t channel, std::int64_t planes, std::int64_t length) const {
-    PlanesApply a;
-    a.x = x;
-    a.y = y;
+    PlaneApply a{};
+    a.x = &x;
+    a.y = &y;
+    a.rows = 1;
     a.planes = planes;
     a.length = length;
     a.mean = at(p_.mean, channel);
@@ -262,7 +263,7 @@ class RowDriver {
     a.bias = at(p_.bias, channel);
     a.weight = at(p_.weight, channel);
     a.stream = stream_;
-    p_.kernels.planes_apply(a);
+    p_.kernels.plane_apply(a);
   }
 
   // next: the statistic whose moments are computed after this one, or s; its x is fetched while y is written.

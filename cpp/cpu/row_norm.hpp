@@ -558,20 +558,6 @@ LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_
   });
 }
 
-// Elements up to the first cache line of every row, where that is one number; else -1.
-template <class T>
-LANENORM_INLINE std::int64_t common_head(char* const* rows, std::int64_t count, std::int64_t length) {
-  constexpr std::int64_t kBytes = sizeof(T);
-  const auto place = [&](std::int64_t r) {
-    return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(rows[r])) % 64;
-  };
-  for (std::int64_t r = 1; r < count; ++r) {
-    if (place(r) != place(0)) return -1;
-  }
-  const std::int64_t head = place(0) % kBytes != 0 ? -1 : (64 - place(0)) % 64 / kBytes;
-  return head < length ? head : -1;
-}
-
 // At most kRowBlock rows, constants[r] for row r, dx to dx[r]; streamed where all of them start on cache lines, or
 // reach one after as many elements. At the end of a chunk, and every kFlushRows rows, the float32 sums go to the
 // totals.

@@ -208,6 +208,12 @@ struct F64x8 {
     return {{_mm256_blendv_pd(b.v[0], a.v[0], _mm256_castsi256_pd(mask_pd(count))),
              _mm256_blendv_pd(b.v[1], a.v[1], _mm256_castsi256_pd(mask_pd(count, 4)))}};
   }
+  LANENORM_INLINE friend unsigned at_most(F64x8 a, F64x8 b) {
+    const auto four = [&](int i) {
+      return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a.v[i], b.v[i], _CMP_LE_OQ)));
+    };
+    return four(0) | four(1) << 4;
+  }
   LANENORM_INLINE friend F64x8 keep(F64x8 a, int count) {
     return {{_mm256_and_pd(a.v[0], _mm256_castsi256_pd(mask_pd(count))),
              _mm256_and_pd(a.v[1], _mm256_castsi256_pd(mask_pd(count, 4)))}};
@@ -326,6 +332,12 @@ struct F32x16 {
   LANENORM_INLINE friend F32x16 join(F32x16 a, int count, F32x16 b) {
     return {{_mm256_blendv_ps(b.v[0], a.v[0], _mm256_castsi256_ps(mask_ps(count))),
              _mm256_blendv_ps(b.v[1], a.v[1], _mm256_castsi256_ps(mask_ps(count, 8)))}};
+  }
+  LANENORM_INLINE friend unsigned at_most(F32x16 a, F32x16 b) {
+    const auto eight = [&](int i) {
+      return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v[i], b.v[i], _CMP_LE_OQ)));
+    };
+    return eight(0) | eight(1) << 8;
   }
   LANENORM_INLINE friend F32x16 keep(F32x16 a, int count) {
     return {{_mm256_and_ps(a.v[0], _mm256_castsi256_ps(mask_ps(count))),

@@ -121,6 +121,7 @@ struct F64x8 {
   LANENORM_INLINE friend F64x8 negate(F64x8 a) { return {_mm512_xor_pd(a.v, _mm512_set1_pd(-0.0))}; }
   LANENORM_INLINE friend F64x8 abs(F64x8 a) { return {_mm512_abs_pd(a.v)}; }
   LANENORM_INLINE friend F64x8 sqrt(F64x8 a) { return {_mm512_sqrt_pd(a.v)}; }
+  LANENORM_INLINE friend unsigned at_most(F64x8 a, F64x8 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ); }
   LANENORM_INLINE friend F64x8 keep(F64x8 a, int count) { return {_mm512_maskz_mov_pd(mask8(count), a.v)}; }
   LANENORM_INLINE friend F64x8 join(F64x8 a, int count, F64x8 b) {
     return {_mm512_mask_mov_pd(b.v, mask8(count), a.v)};
@@ -207,6 +208,7 @@ struct F32x16 {
   LANENORM_INLINE friend F32x16 negate(F32x16 a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
   LANENORM_INLINE friend F32x16 abs(F32x16 a) { return {_mm512_abs_ps(a.v)}; }
   LANENORM_INLINE friend F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
+  LANENORM_INLINE friend unsigned at_most(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
   LANENORM_INLINE friend F32x16 keep(F32x16 a, int count) { return {_mm512_maskz_mov_ps(mask16(count), a.v)}; }
   LANENORM_INLINE friend F32x16 join(F32x16 a, int count, F32x16 b) {
     return {_mm512_mask_mov_ps(b.v, mask16(count), a.v)};

@@ -5,6 +5,7 @@
 //   load<T>(p), store<T>(p)    any address; with `count`, the first `count` lanes only (others +0; memory beyond is not
 //                              touched); T is a storage type, widened on load and rounded to nearest even on store
 //   + - * / fma sqrt           one rounding per operation and lane
+//   at_most(a, b)              bit i: lane i of a <= lane i of b, which a NaN is not
 //   keep(a, count)             lanes from `count` on become +0
 //   join(a, count, b)          the first `count` lanes of a, the others of b
 //   fold()                     sum of lanes by halving: lane i + lane i + half, and so on
@@ -115,6 +116,11 @@ struct Lanewise {
   }
   LANENORM_INLINE friend Self sqrt(const Self& a) {
     return each([&](int i) { return root(a.lane[i]); });
+  }
+  LANENORM_INLINE friend unsigned at_most(const Self& a, const Self& b) {
+    unsigned bits = 0;
+    for (int i = 0; i < N; ++i) bits |= static_cast<unsigned>(a.lane[i] <= b.lane[i]) << i;
+    return bits;
   }
   LANENORM_INLINE friend Self join(const Self& a, int count, const Self& b) {
     return each([&](int i) { return i < count ? a.lane[i] : b.lane[i]; });

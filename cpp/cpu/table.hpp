@@ -53,10 +53,16 @@ constexpr KernelTable make_table() {
   t.column_weight = &column_weight<C, D>;
   t.column_apply = &column_apply<T, V>;
   t.inference_constants = &inference_constants<C, D>;
-  t.planes_apply = &planes_apply<T, V>;
   t.column_sums = &column_sums<T, V, D>;
   t.column_gradient_finish = &column_gradient_finish<C, D>;
   t.column_gradient = &column_gradient<T, V, D>;
+  if constexpr (sizeof(T) < 8) {
+    t.plane_moments = &plane_moments<T, V, D, false>;
+    t.plane_moments_wide = &plane_moments<T, V, D, true>;
+  }
+  t.plane_apply = &plane_apply<T, V>;
+  t.plane_sums = &plane_sums<T, V, D>;
+  t.plane_gradient = &plane_gradient<T, V>;
   t.widen = &convert<T, C>;
   t.narrow = &convert<C, T>;
   return t;

@@ -228,6 +228,23 @@ void lanes_are_kept_and_filled() {
 }
 
 template <class V, class S = typename V::Scalar>
+void lanes_are_compared() {
+  const std::vector<S> special = special_values<S>();
+  for (int trial = 0; trial < 3000; ++trial) {
+    Lanes<S> a = random_lanes<V>(), b = random_lanes<V>();
+    for (int i = 0; i < V::kLanes; ++i) {  // specials, and equal ones
+      const auto pick = static_cast<std::size_t>(trial + 7 * i) % special.size();
+      if ((trial + i) % 3 == 0) a.v[i] = special[pick];
+      if ((trial + i) % 5 == 0) b.v[i] = special[static_cast<std::size_t>(trial) % special.size()];
+      if ((trial + i) % 4 == 0) b.v[i] = a.v[i];
+    }
+    unsigned expected = 0;
+    for (int i = 0; i < V::kLanes; ++i) expected |= static_cast<unsigned>(a.v[i] <= b.v[i]) << i;
+    CHECK(at_most(of<V>(a), of<V>(b)) == expected);
+  }
+}
+
+template <class V, class S = typename V::Scalar>
 void wide_and_narrow_convert() {
   const std::vector<double> special = special_values<double>();
   for (std::size_t trial = 0; trial < 3000; ++trial) {
@@ -406,6 +423,7 @@ void check_arithmetic() {
   operations_round_once<V>();
   fold_halves<V>();
   lanes_are_kept_and_filled<V>();
+  lanes_are_compared<V>();
   wide_and_narrow_convert<V>();
 }
 
