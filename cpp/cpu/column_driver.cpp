@@ -135,11 +135,12 @@ class ColumnDriver {
 
   // Whole statistics and whole vectors, so that tiles start on cache lines where lines do: misaligned tiles of 7x7
   // planes took twice the time. Of one segment, tiles are all that threads have to share, in equal parts; not where
-  // sums run along the rows, whose order of additions a tile is part of.
+  // sums run along the rows, whose order of additions a tile is part of, and an inference is cut between rows.
   std::int64_t tile_columns() const {
     const std::int64_t most = kTileRowBytes / size(p_.args.dtype), unit = std::lcm(plan_.fold, std::int64_t{16});
     std::int64_t target = most;
-    if (segments_ == 1 && plan_.outer == 1 && plan_.elements >= kSharedElements && !along_rows()) {
+    if (segments_ == 1 && plan_.outer == 1 && plan_.elements >= kSharedElements && !along_rows() &&
+        p_.operation != Operation::inference) {
       const std::int64_t threads = get_num_threads();
       target = larger(128, ceil_div(columns_, ceil_div(ceil_div(columns_, most), threads) * threads));
     }
