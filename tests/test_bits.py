@@ -33,7 +33,9 @@ LAYER_PROBLEMS = [
 BATCH_PROBLEMS = [
     ((70, 33), 1),
     ((5000, 64), 1),
+    ((90, 800), 1),
     ((16, 40, 7, 7), 1),
+    ((7, 61, 13, 13), 1),
     ((9, 33, 1, 1), 1),
     ((4, 6, 35, 35), 1),
     ((3, 5, 16, 16), 1),
@@ -106,6 +108,23 @@ def test_bits_do_not_depend_on_isa_and_threads(expected, isa, threads, dtype):
         pytest.skip(f"{isa}: reduced sweep")
     lanenorm.set_num_threads(threads)
     assert_bits(dtype, expected, isa=isa, threads=threads)
+
+
+def test_bits_do_not_depend_on_threads_where_some_weights_stay_apart():
+    """Threads share columns, then rows; the weight of column 700 leaves float32 when it is folded into rstd."""
+    rng = np.random.default_rng(7)
+    x, dy = normal(rng, (90, 800), np.float32), normal(rng, (90, 800), np.float32)
+    weight, bias = parameters(rng, 800, np.float32)
+    x[:, 700] *= 1e-20
+    weight[700] = 1e25
+    hashes = set()
+    for threads in (1, 2, 3, 5):
+        lanenorm.set_num_threads(threads)
+        result = lanenorm.batch_norm_forward(x, weight, bias, eps=0.0)
+        assert np.all(np.isfinite(result.y))
+        gradients = lanenorm.batch_norm_backward(dy, x, result.mean, result.rstd, weight)
+        hashes.add(digest([*result, *gradients]))
+    assert len(hashes) == 1
 
 
 @by_dtype
