@@ -32,7 +32,10 @@ LANENORM_INLINE __m512 widen_halves<Float16>(__m256i halves) {
 }
 template <>
 LANENORM_INLINE __m512 widen_halves<BFloat16>(__m256i halves) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  // One permutation, where extending and shifting are two: word i to the upper half of lane i, 0 to the lower.
+  const __m512i words = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
+                                         3, 0, 2, 0, 1, 0, 0, 0);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, words, _mm512_castsi256_si512(halves)));
 }
 
 template <class T>
@@ -41,15 +44,18 @@ template <>
 LANENORM_INLINE __m256i narrow_halves<Float16>(__m512 v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// In integers: the conversion instruction flushes subnormals.
+// In integers: the conversion instruction flushes subnormals. The upper words of bits + 0x7fff, or 0x8000 where that
+// word is odd; a NaN becomes quiet instead.
 template <>
 LANENORM_INLINE __m256i narrow_halves<BFloat16>(__m512 v) {
   const __m512i bits = _mm512_castps_si512(v);
-  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
-  const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fff), odd, _mm512_set1_epi32(0x8000));
+  const __m512i rounded = _mm512_mask_or_epi32(_mm512_add_epi32(bits, half), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                                               bits, _mm512_set1_epi32(0x00400000));
+  const __m512i words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
+                                         15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(words, rounded));
 }
 
 // ---- F64x8 -------------------------------------------------------------------------------------------------------
