@@ -111,10 +111,9 @@ def test_batch_norm_accuracy_border_counts(rng, dtype, count):
     check_sweep(rng, dtype, count)
 
 
-@pytest.mark.parametrize("images", [2, 7, 8, 40])
-@pytest.mark.parametrize("plane", [15, 16, 49, 196])
+@pytest.mark.parametrize(("images", "plane"), [(7, 15), (2, 16), (40, 16), (8, 49), (15, 49), (2, 196), (9, 196)])
 @by_dtype
-def test_batch_norm_accuracy_of_small_planes(rng, dtype, plane, images):
+def test_batch_norm_accuracy_of_small_planes(rng, dtype, images, plane):
     """9 channels of each kind: more than a vector of statistics; with outliers, steps and drifts among them."""
     for makers, eps in sweep_groups(dtype, plane * images):
         values = matrix(rng, makers, plane * images, dtype, rows=9)

@@ -1,10 +1,10 @@
-// Columns: pieces of work for the kernels of column_norm.hpp.
+// Columns, and small planes: pieces of work for the kernels of column_norm.hpp and plane_norm.hpp.
 //
-// A matrix is cut into tiles of columns and segments of rows, as many as its shape gives. Where a matrix is one
-// segment, or a tile with all its rows fits a cache, a piece is a tile: moments, constants and apply in a row, 2s. Else
-// moments of all segments first, then apply over whole lines, 3s. Same bits either way: a tile changes no order of
-// operations (but where sums run along the rows, whose tiles depend on the shape alone), and segments are merged in
-// index order.
+// A matrix is cut into tiles of columns (of whole planes) and segments of rows, as many as its shape gives. Where a
+// matrix is one segment, or a tile with all its rows fits a cache, a piece is a tile: moments, constants and apply in a
+// row, 2s. Else moments of all segments first, then apply over whole lines, 3s; so too where threads have narrow tiles
+// of one segment to share, whose rows they write. Same bits every way: a tile changes no order of operations (but where
+// sums run along the rows, whose tiles depend on the shape alone), and segments are merged in index order.
 //
 // Longer than 300 lines because forward and backward share the tiles and their constants.
 #include <algorithm>

@@ -268,27 +268,26 @@ LANENORM_INLINE void for_planes(std::int64_t planes, std::int64_t length, std::i
     f(i, part, joined);
     i += lanes;
   };
-  while (i < head) {
-    const int lanes = static_cast<int>(head - i < V::kLanes ? head - i : V::kLanes);
-    across(lanes, Part{lanes});
-  }
-  while (i + V::kLanes <= elements) {
+  while (i < elements) {
+    const std::int64_t left = (i < head ? head : elements) - i;
+    if (i < head || left < V::kLanes) {
+      const int lanes = static_cast<int>(left < V::kLanes ? left : V::kLanes);
+      across(lanes, Part{lanes});
+      continue;
+    }
     for (; i + 2 * V::kLanes <= end; i += 2 * V::kLanes) {
       f(i, Full{}, current);
       f(i + V::kLanes, Full{}, current);
     }
     if (i + V::kLanes <= elements) across(V::kLanes, Full{});
   }
-  if (i < elements) {
-    const int lanes = static_cast<int>(elements - i);
-    across(lanes, Part{lanes});
-  }
 }
 
 inline constexpr int kPlaneLines = 4;  // lines that share constants
 
-// f(Count<lines>, Count<stream>, line, elements before the first cache line) for lines that are written together.
-template <class T, class F>
+// f(Count<lines>, Count<stream>, line, elements before the first cache line) for lines that are written together, at
+// most kLines.
+template <class T, int kLines, class F>
 LANENORM_INLINE void for_lines(void* const* lines, std::int64_t rows, std::int64_t elements, bool stream, const F& f) {
   char* const* y = reinterpret_cast<char* const*>(lines);
   const auto one = [&](std::int64_t row) LANENORM_LAMBDA_INLINE {
@@ -300,14 +299,14 @@ LANENORM_INLINE void for_lines(void* const* lines, std::int64_t rows, std::int64
     }
   };
   std::int64_t row = 0;
-  for (; row + kPlaneLines <= rows; row += kPlaneLines) {
-    const std::int64_t head = stream ? common_head<T>(y + row, kPlaneLines, elements) : -1;
+  for (; kLines > 1 && row + kLines <= rows; row += kLines) {
+    const std::int64_t head = stream ? common_head<T>(y + row, kLines, elements) : -1;
     if (head >= 0) {
-      f(Count<kPlaneLines>{}, Count<true>{}, row, head);
+      f(Count<kLines>{}, Count<true>{}, row, head);
     } else if (!stream) {
-      f(Count<kPlaneLines>{}, Count<false>{}, row, std::int64_t{0});
+      f(Count<kLines>{}, Count<false>{}, row, std::int64_t{0});
     } else {
-      for (int r = 0; r < kPlaneLines; ++r) one(row + r);
+      for (int r = 0; r < kLines; ++r) one(row + r);
     }
   }
   for (; row < rows; ++row) one(row);
@@ -339,15 +338,16 @@ LANENORM_INLINE void apply_lines(const PlaneApply& a, std::int64_t row, std::int
   for_planes<V, K>(a.planes, a.length, head, arrays, one);
 }
 
-template <class T, class V, int K, class F>
+template <class T, class V, int kLines, int K, class F>
 LANENORM_INLINE void apply_planes(const PlaneApply& a, const typename V::Scalar* const (&arrays)[K], const F& formula) {
-  for_lines<T>(a.y, a.rows, a.planes * a.length, a.stream,
-               [&](auto n, auto stream, std::int64_t row, std::int64_t head) LANENORM_LAMBDA_INLINE {
-                 apply_lines<decltype(n)::value, decltype(stream)::value, T, V>(a, row, head, arrays, formula);
-               });
+  for_lines<T, kLines>(a.y, a.rows, a.planes * a.length, a.stream,
+                       [&](auto n, auto stream, std::int64_t row, std::int64_t head) LANENORM_LAMBDA_INLINE {
+                         apply_lines<decltype(n)::value, decltype(stream)::value, T, V>(a, row, head, arrays, formula);
+                       });
   if (a.stream) fence();
 }
 
+// Lines one by one in an inference, which has one at a time, and where weights stay apart, which is rare.
 template <class T, class V>
 void plane_apply(const PlaneApply& a) {
   using S = typename V::Scalar;
@@ -355,25 +355,25 @@ void plane_apply(const PlaneApply& a) {
   const S *means = of(a.mean), *factors = of(a.factor), *biases = of(a.bias);
   if (a.shift == nullptr && a.weight == nullptr) {
     const S* const arrays[] = {means, factors, biases};
-    apply_planes<T, V>(a, arrays, [](V x, const PlaneConstants<V, 3>& c) LANENORM_LAMBDA_INLINE {
+    apply_planes<T, V, 1>(a, arrays, [](V x, const PlaneConstants<V, 3>& c) LANENORM_LAMBDA_INLINE {
       const auto& [mean, factor, bias] = c.values;
       return fma(x - mean, factor, bias);
     });
   } else if (a.shift == nullptr) {
     const S* const arrays[] = {means, factors, biases, of(a.weight)};
-    apply_planes<T, V>(a, arrays, [](V x, const PlaneConstants<V, 4>& c) LANENORM_LAMBDA_INLINE {
+    apply_planes<T, V, 1>(a, arrays, [](V x, const PlaneConstants<V, 4>& c) LANENORM_LAMBDA_INLINE {
       const auto& [mean, factor, bias, weight] = c.values;
       return fma((x - mean) * factor, weight, bias);
     });
   } else if (a.scale == nullptr) {
     const S* const arrays[] = {means, factors, biases, of(a.shift)};
-    apply_planes<T, V>(a, arrays, [](V x, const PlaneConstants<V, 4>& c) LANENORM_LAMBDA_INLINE {
+    apply_planes<T, V, kPlaneLines>(a, arrays, [](V x, const PlaneConstants<V, 4>& c) LANENORM_LAMBDA_INLINE {
       const auto& [mean, factor, bias, shift] = c.values;
       return fma(x - mean, factor, shift) + bias;
     });
   } else {
     const S* const arrays[] = {means, factors, biases, of(a.shift), of(a.weight), of(a.scale)};
-    apply_planes<T, V>(a, arrays, [](V x, const PlaneConstants<V, 6>& c) LANENORM_LAMBDA_INLINE {
+    apply_planes<T, V, 1>(a, arrays, [](V x, const PlaneConstants<V, 6>& c) LANENORM_LAMBDA_INLINE {
       const auto& [mean, rstd, bias, shift, weight, scale] = c.values;
       return normalize_affine(x, scale, mean, rstd, shift, weight, bias);
     });
@@ -473,10 +473,10 @@ void plane_gradient(const PlaneGradient& a) {
   const auto of = [](const void* p) { return static_cast<const typename V::Scalar*>(p); };
   const typename V::Scalar* const arrays[] = {of(a.mean),         of(a.rstd),          of(a.shift),
                                               of(a.minus_mean_g), of(a.minus_mean_gx), of(a.factor)};
-  for_lines<T>(a.dx, a.rows, a.planes * a.length, a.stream,
-               [&](auto n, auto stream, std::int64_t row, std::int64_t head) LANENORM_LAMBDA_INLINE {
-                 gradient_lines<decltype(n)::value, decltype(stream)::value, T, V>(a, row, head, arrays);
-               });
+  for_lines<T, kPlaneLines>(a.dx, a.rows, a.planes * a.length, a.stream,
+                            [&](auto n, auto stream, std::int64_t row, std::int64_t head) LANENORM_LAMBDA_INLINE {
+                              gradient_lines<decltype(n)::value, decltype(stream)::value, T, V>(a, row, head, arrays);
+                            });
   if (a.stream) fence();
 }
 
