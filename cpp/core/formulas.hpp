@@ -93,8 +93,9 @@ template <class C>
 inline constexpr C kLargestFactor = sizeof(C) == 4 ? C(0x1p+100) : static_cast<C>(0x1p+1000);
 template <class C>
 LANENORM_INLINE bool foldable(C factor, C weight) {
+  constexpr C kLargest = kLargestFactor<C>;
   const C magnitude = factor < C(0) ? -factor : factor;
-  return ((magnitude >= 1 / kLargestFactor<C>)&(magnitude <= kLargestFactor<C>)) | (weight == C(0));
+  return ((magnitude >= 1 / kLargest) & (magnitude <= kLargest)) | (weight == C(0));
 }
 // Bit i: lane i may, also when rounded to C.
 template <class C, class D>

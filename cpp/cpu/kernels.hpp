@@ -225,8 +225,9 @@ struct ColumnGradient {
   std::int64_t next;        // as in ColumnApply
 };
 
-// ---- planes: a line is `planes` adjacent planes of `length` elements, the i-th of every line has one statistic
-// --------
+// ---- planes: a line is `planes` adjacent planes of `length` elements -----------------------------------------------
+
+// The i-th planes of all lines are one statistic.
 
 // Three sums in 16 float32 or 8 float64 lanes and in 8 of double; or two, and a pivot.
 inline constexpr std::int64_t kPlaneScratch = 3 * (8 + 8);
