@@ -225,7 +225,7 @@ ColumnChoice choose_columns(const Plan& plan, std::int64_t columns, const Device
   ColumnChoice choice{};
   choice.strips = ceil_div(row_bytes, 32 * kWord);
   choice.pieces = ceil_div(plan.lines_per_statistic, kPieceRows);
-  choice.slabs = ceil_div(row_bytes, kSlabWords * kWord);
+  choice.slabs = slabs_of(columns, size(dtype));
   choice.streamed_blocks = grid_of(plan.outer * choice.strips * choice.pieces, kColumnBlocks, device);
   choose_slab(plan, row_bytes, device, dtype, tensors, &choice);
   const std::int64_t strips = plan.outer * choice.strips;

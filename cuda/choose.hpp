@@ -85,6 +85,10 @@ inline constexpr int kPieceRows = 8 * kStretchRows;
 // The narrowest slab of columns that stays on chip, words: a row of it is a whole cache line of 128 bytes. Also what a
 // part of LN's dweight and dbias is summed over.
 inline constexpr int kSlabWords = 8;
+// Slabs of that width in a matrix of so many columns.
+constexpr std::int64_t slabs_of(std::int64_t columns, std::int64_t element_bytes) {
+  return (columns * element_bytes + kSlabWords * 16 - 1) / (kSlabWords * 16);
+}
 // Threads of a block of columns, of a resident one at most.
 inline constexpr int kColumnThreads = 256;
 // Numbers of the compute type that a column's constants may be: column_resident.cuh asserts that it is enough.

@@ -120,7 +120,7 @@ void columns_backward(const Args& args, const Parameters& parameters, const void
   const std::int64_t bytes = size(args.dtype), statistic_bytes = size(statistics_dtype(args.dtype));
   const DeviceLimits device = device_limits(context.device);
   const Cut cut = cut_of_columns(args);
-  const std::int64_t slabs = (plan.inner + cut.columns - 1) / cut.columns;  // of a matrix
+  const std::int64_t slabs = slabs_of(plan.inner, bytes);  // of a matrix
   const Partials partials(args, plan.outer * slabs, parameters, dweight, dbias, context);
   Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
   for_batches({&x, &dy, &dx}, cut, context, [&](const Batch& b) {

@@ -9,6 +9,18 @@ import pytest
 import lanenorm
 
 
+def results_by_l2(place, elements, compute):
+    """What compute() returns, and how many kernels it launches, with less and less L2: of an H200, for half of one
+    float32 array that is packed (`elements` of it), and none, where as little is packed at a time as can be."""
+    results, launches = [], []
+    for l2_bytes in (50 << 20, 3 * elements, 0):
+        place.library.set_device(l2_bytes=l2_bytes)
+        place.library.take_launches()
+        results.append(compute())
+        launches.append(len(place.library.take_launches()))
+    return results, launches
+
+
 class Emulated:
     """The kernels on the CPU: arrays are NumPy's."""
 

@@ -28,6 +28,7 @@ from cases import (
     scaled_makers,
     sweep_groups,
 )
+from cuda_places import results_by_l2
 
 
 def forward(device, x, weight=None, bias=None, **keywords):
@@ -413,12 +414,10 @@ def test_cuda_batch_norm_bits_do_not_depend_on_how_much_is_packed_at_a_time(emul
     arrays = inputs(shape, channel_axis, np.float32)
     expected = all_bytes(emulated, *arrays, channel_axis=channel_axis)
     arrays = [LAYOUTS["reversed_last"](a) for a in arrays]
-    launches = []
-    for l2_bytes in (50 << 20, 3 * np.prod(shape), 0):
-        emulated.library.set_device(l2_bytes=int(l2_bytes))
-        emulated.library.take_launches()
-        assert all_bytes(emulated, *arrays, channel_axis=channel_axis) == expected, l2_bytes
-        launches.append(len(emulated.library.take_launches()))
+    results, launches = results_by_l2(
+        emulated, arrays[0].size, lambda: all_bytes(emulated, *arrays, channel_axis=channel_axis)
+    )
+    assert results == [expected] * 3
     assert launches[0] < launches[1] < launches[2]
 
 

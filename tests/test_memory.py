@@ -22,6 +22,14 @@ def make(megabytes):
     return lanenorm.layer_norm(np.full((megabytes * 256, 1024), 7, np.float32))
 
 
+@pytest.mark.parametrize(("rows", "pooled"), [(27, 0), (28, 128 << 10)])
+def test_pool_has_outputs_of_112_kilobytes_and_more(pool, rows, pooled):
+    used = pool.used_bytes()
+    y = lanenorm.layer_norm(np.ones((rows, 1024), np.float32))
+    assert pool.used_bytes() - used == pooled
+    assert y.nbytes == rows * 4096
+
+
 def test_pool_reuses_the_memory_of_a_dead_output(pool):
     used = pool.used_bytes()
     y = make(4)

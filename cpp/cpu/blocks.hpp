@@ -169,6 +169,12 @@ struct PivotSums {
 
 // Whether squares about their own pivots exceed m2 by so much that what float32 lost of them counts.
 inline constexpr double kSpread = 1.25;
+// Bit i: they do in lane i; a NaN does not. What is above 0 is above 2^-1022, as squares of float32 are multiples of
+// 2^-298.
+template <class D>
+LANENORM_INLINE unsigned beyond_spread(D squares, D m2) {
+  return at_most(D::broadcast(0x1p-1022), fma(D::broadcast(-kSpread), m2, squares));
+}
 
 template <class D>
 LANENORM_INLINE PivotSums<D> no_sums() {

@@ -21,11 +21,12 @@ namespace {
 // are swept again, lose more by short stretches of memory than they gain: 784 x 512 in tiles of 160 columns forward 98,
 // backward 159 us, in one tile 75 and 128; 768 x 16384 6.5 and 11.4 ms, 4.9 and 9.5.
 constexpr std::int64_t kTileRowBytes = 4096;
-constexpr std::int64_t kAheadInLine = 1024;  // bytes that are fetched ahead in each of some lines
+constexpr std::int64_t kAheadInLine = 1024;  // bytes that planes fetch ahead in each line; no other was tried
 // Two tiles with all their rows that L2 may hold.
 constexpr std::int64_t kTwoTilesBytes = 640 << 10;
-// Matrices from this size on are cut for several threads: 32 x 1024 took 13 us on one and 17 on two.
-constexpr std::int64_t kSharedElements = 65536;
+// Matrices from this size on are cut for several threads. On two instead of one: 32 x 1024 forward 13.4 -> 11.4 us,
+// backward 15.3 -> 12.0; 128 x 256 7.5 -> 7.8 and 11.9 -> 10.7.
+constexpr std::int64_t kSharedElements = 32768;
 // A tile with all its rows up to this size is swept again while the last-level cache still holds it.
 constexpr std::int64_t kSlabBytes = 4 << 20;
 
@@ -54,11 +55,7 @@ class ColumnDriver {
     } else if (by_tile()) {
       parallel_for(plan_.outer * tiles_, p_.bytes(2), [&](std::int64_t piece) {
         const Tile t = tile(piece);
-        Constants constants = of_thread<Constants>(t);
-        const std::int64_t stride = 4 * padded(t.sums);
-        double* moments = segment_buffer(stride);
-        for (std::int64_t s = 0; s < segments_; ++s) tile_moments(t, s, moments + s * stride);
-        finish_tile(t, moments, stride, &constants);
+        const Constants constants = tile_constants(t);
         for (std::int64_t s = 0; s < segments_; ++s) apply(t, segment(s), constants);
       });
     } else {
@@ -454,6 +451,16 @@ class ColumnDriver {
 
   // ---- forward
 
+  // Moments of all segments of a tile, and its constants.
+  Constants tile_constants(const Tile& t) const {
+    Constants c = of_thread<Constants>(t);
+    const std::int64_t stride = 4 * padded(t.sums);
+    double* moments = segment_buffer(stride);
+    for (std::int64_t s = 0; s < segments_; ++s) tile_moments(t, s, moments + s * stride);
+    finish_tile(t, moments, stride, &c);
+    return c;
+  }
+
   void apply(const Tile& t, const Rows& rows, const Constants& c) const {
     if (planes()) return plane_apply(t, rows, c);
     InputLines x = x_lines();
@@ -505,7 +512,7 @@ class ColumnDriver {
         : driver_(driver), arrays_(tiles * bytes_of<Constants>(driver.tile_)), general_(tiles) {}
     void put(std::int64_t index, const Constants& c) const {
       const std::int64_t count = driver_.tile(index).sums;
-      const Constants to = get(index);
+      const Constants to = arrays(index);
       copy(c.mean, count, to.mean);
       copy(c.rstd, count, to.rstd);
       copy(c.shift, count, to.shift);
@@ -518,12 +525,15 @@ class ColumnDriver {
       general_.data()[index] = c.general;
     }
     Constants get(std::int64_t index) const {
-      Constants c = driver_.place<Constants>(driver_.tile(index), arrays_, index, driver_.tile_);
+      Constants c = arrays(index);
       c.general = general_.data()[index];
       return c;
     }
 
    private:
+    Constants arrays(std::int64_t index) const {
+      return driver_.place<Constants>(driver_.tile(index), arrays_, index, driver_.tile_);
+    }
     const ColumnDriver& driver_;
     Buffer arrays_, general_;
   };
@@ -532,7 +542,8 @@ class ColumnDriver {
   // same rows, they fetch each other's lines: forward of 200 x 512 on two threads 30..37 us and on one 18.
   template <class F>
   void for_rows_of_tiles(int passes, F&& f) const {
-    const std::int64_t rows = ceil_div(ceil_div(rows_, get_num_threads()), 4) * 4, parts = ceil_div(rows_, rows);
+    const std::int64_t rows = ceil_div(ceil_div(rows_, get_num_threads()), kRowBlock) * kRowBlock;
+    const std::int64_t parts = ceil_div(rows_, rows);
     parallel_for(parts * tiles_, p_.bytes(passes), [&](std::int64_t piece) {
       const std::int64_t first = piece / tiles_ * rows;
       f(Rows{first, smaller(rows, rows_ - first)}, piece % tiles_);
@@ -541,15 +552,7 @@ class ColumnDriver {
 
   void forward_shared() const {
     const Kept kept(*this, tiles_);
-    parallel_for(tiles_, p_.bytes(1), [&](std::int64_t index) {
-      const Tile t = tile(index);
-      Constants c = of_thread<Constants>(t);
-      const std::int64_t stride = 4 * padded(t.sums);
-      double* moments = segment_buffer(stride);
-      tile_moments(t, 0, moments);
-      finish_tile(t, moments, stride, &c);
-      kept.put(index, c);
-    });
+    parallel_for(tiles_, p_.bytes(1), [&](std::int64_t index) { kept.put(index, tile_constants(tile(index))); });
     for_rows_of_tiles(2, [&](const Rows& rows, std::int64_t index) { apply(tile(index), rows, kept.get(index)); });
   }
 
@@ -675,49 +678,40 @@ class ColumnDriver {
 
   // dweight, dbias: (rows) running totals of LN parameters, or null.
   void gradient(const Tile& t, const Rows& rows, const Gradients& g, double* dweight, double* dbias) const {
-    if (planes()) return plane_gradient(t, rows, g);
-    InputLines x = x_lines(), dy = dy_lines();
-    OutputLines dx = y_lines();
-    ColumnGradient a;
-    a.rows = rows.count;
-    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
-    a.dy = dy.get(line(t, rows), 1, a.rows, t.first, t.columns);
-    a.dx = dx.get(line(t, rows), 1, a.rows, t.first, t.columns);
-    a.columns = t.columns;
-    a.weight = weight_of_rows(rows);
-    a.mean = g.mean;
-    a.rstd = g.rstd;
-    a.shift = g.shift;
-    a.minus_mean_g = g.minus_mean_g;
-    a.minus_mean_gx = g.minus_mean_gx;
-    a.factor = g.factor;
-    a.dweight = dweight == nullptr ? nullptr : dweight + rows.first;
-    a.dbias = dbias == nullptr ? nullptr : dbias + rows.first;
-    a.stream = stream_;
-    a.next = next_tile(t, 2);
-    p_.kernels.column_gradient(a);
-    dx.finish();
+    if (planes()) {
+      PlaneGradient a;
+      a.planes = t.sums;
+      a.length = plane_;
+      a.next = next_plane(t, 2);
+      run_gradient(p_.kernels.plane_gradient, t, rows, g, &a);
+    } else {
+      ColumnGradient a;
+      a.columns = t.columns;
+      a.weight = weight_of_rows(rows);
+      a.dweight = dweight == nullptr ? nullptr : dweight + rows.first;
+      a.dbias = dbias == nullptr ? nullptr : dbias + rows.first;
+      a.next = next_tile(t, 2);
+      run_gradient(p_.kernels.column_gradient, t, rows, g, &a);
+    }
   }
 
-  void plane_gradient(const Tile& t, const Rows& rows, const Gradients& g) const {
+  // What columns and planes have in common; A: ColumnGradient or PlaneGradient.
+  template <class A>
+  void run_gradient(void (*kernel)(const A&), const Tile& t, const Rows& rows, const Gradients& g, A* a) const {
     InputLines x = x_lines(), dy = dy_lines();
     OutputLines dx = y_lines();
-    PlaneGradient a;
-    a.rows = rows.count;
-    a.x = x.get(line(t, rows), 1, a.rows, t.first, t.columns);
-    a.dy = dy.get(line(t, rows), 1, a.rows, t.first, t.columns);
-    a.dx = dx.get(line(t, rows), 1, a.rows, t.first, t.columns);
-    a.planes = t.sums;
-    a.length = plane_;
-    a.mean = g.mean;
-    a.rstd = g.rstd;
-    a.shift = g.shift;
-    a.minus_mean_g = g.minus_mean_g;
-    a.minus_mean_gx = g.minus_mean_gx;
-    a.factor = g.factor;
-    a.stream = stream_;
-    a.next = next_plane(t, 2);
-    p_.kernels.plane_gradient(a);
+    a->rows = rows.count;
+    a->x = x.get(line(t, rows), 1, rows.count, t.first, t.columns);
+    a->dy = dy.get(line(t, rows), 1, rows.count, t.first, t.columns);
+    a->dx = dx.get(line(t, rows), 1, rows.count, t.first, t.columns);
+    a->mean = g.mean;
+    a->rstd = g.rstd;
+    a->shift = g.shift;
+    a->minus_mean_g = g.minus_mean_g;
+    a->minus_mean_gx = g.minus_mean_gx;
+    a->factor = g.factor;
+    a->stream = stream_;
+    kernel(*a);
     dx.finish();
   }
 

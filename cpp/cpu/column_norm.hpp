@@ -223,29 +223,22 @@ LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
     });
   }
 
-  const D count = D::broadcast(static_cast<double>(a.rows)), most = D::broadcast(-kSpread);
+  const D count = D::broadcast(static_cast<double>(a.rows));
   for (std::int64_t j = 0; j < a.columns; j += V::kLanes) {
-    alignas(64) double beyond[16];
-    unsigned within = ~0u;
+    unsigned beyond = 0;
     for (int half = 0; half < 2; ++half) {
       const std::int64_t k = j + 8 * half;
       const Moments<D> m = moments_about(load_lanes<D>(pivots + k), load_lanes<D>(sums + k), load_lanes<D>(squares + k),
                                          count, D::zero());
-      const D excess = fma(most, m.m2, load_lanes<D>(spreads + k));
-      within &= at_most(excess, D::zero()) << 8 * half | ~(0xffu << 8 * half);
-      store_lanes(excess, beyond + 8 * half);
+      beyond |= beyond_spread(load_lanes<D>(spreads + k), m.m2) << 8 * half;
       store_moments(m, a.moments, pitch, k);
     }
     const int lanes = static_cast<int>(a.columns - j < V::kLanes ? a.columns - j : V::kLanes);
-    bool any = false;
-    if (!all_lanes<V>(within, lanes)) {
-      for (int i = 0; i < lanes; ++i) any |= beyond[i] > 0;
-    }
-    if (!any) continue;
+    if ((beyond & first_lanes<V>(lanes)) == 0) continue;
     alignas(64) double again[4 * 16];
     column_moments_in_double<T, V, D>(a, j, lanes, again, 16);
     for (int i = 0; i < lanes; ++i) {
-      if (!(beyond[i] > 0)) continue;
+      if ((beyond >> i & 1) == 0) continue;
       for (int array = 0; array < 4; ++array) a.moments[array * pitch + j + i] = again[16 * array + i];
     }
   }

@@ -70,11 +70,14 @@ LANENORM_INLINE void store_lanes(V v, C* p) {
   store<C>(v, reinterpret_cast<char*>(p), Full{});
 }
 
-// Whether the bits of the first `count` lanes, or of all, are set.
+// Bits of the first `count` lanes, at most of all.
+template <class V>
+LANENORM_INLINE unsigned first_lanes(std::int64_t count) {
+  return (1u << (count < V::kLanes ? count : V::kLanes)) - 1;
+}
 template <class V>
 LANENORM_INLINE bool all_lanes(unsigned bits, std::int64_t count) {
-  const unsigned wanted = (1u << (count < V::kLanes ? count : V::kLanes)) - 1;
-  return (bits & wanted) == wanted;
+  return (~bits & first_lanes<V>(count)) == 0;
 }
 
 // f(element index, Full or Part) over the vectors of a line, kUnroll at a time.

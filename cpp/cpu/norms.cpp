@@ -252,12 +252,12 @@ void batch_norm_inference(const Args& args) {
     C *rstd = buffer.as<C>(), *factor = rstd + channels, *weights = factor + channels, *zeros = weights + channels;
     const bool all =
         kernels(args.dtype).inference_constants({channels, args.eps, variance.data(), weight.data(), rstd, factor});
-    const C* given = static_cast<const C*>(weight.data());
-    const auto may_fold = [&](std::int64_t i) { return foldable(factor[i], given == nullptr ? C(1) : given[i]); };
     if (!all) {
       for (std::int64_t i = 0; i < channels; ++i) {
-        weights[i] = may_fold(i) ? factor[i] : given == nullptr ? C(1) : given[i];
-        factor[i] = may_fold(i) ? C(1) : rstd[i];
+        const C given = weight.data() == nullptr ? C(1) : static_cast<const C*>(weight.data())[i];
+        const bool may_fold = foldable(factor[i], given);
+        weights[i] = may_fold ? factor[i] : given;
+        factor[i] = may_fold ? C(1) : rstd[i];
       }
     }
     if (bias.data() == nullptr) std::fill_n(zeros, channels, -C(0));

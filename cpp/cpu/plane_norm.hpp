@@ -192,12 +192,9 @@ LANENORM_INLINE void plane_moments_float32(const PlaneMoments& a) {
     const Moments<D> m = moments_about(D::template load<S>(pivots + first, planes), sums.total(first, planes, 0),
                                        squares, count, D::zero());
     store_moments(m, a.moments, padded(a.planes), first);
-    const D excess = fma(D::broadcast(-kSpread), m.m2, squares);
-    if (all_lanes<D>(at_most(excess, D::zero()), planes)) continue;
-    alignas(64) double beyond[8];
-    excess.template store<double>(beyond);
+    const unsigned beyond = beyond_spread(squares, m.m2);
     for (int p = 0; p < planes; ++p) {
-      if (beyond[p] > 0) moments_in_double<T, V, D>(a, first + p);
+      if (beyond >> p & 1) moments_in_double<T, V, D>(a, first + p);
     }
   }
 }

@@ -245,10 +245,10 @@ struct Normalizers {
   }
 };
 
-// Moments of `rows` <= 8 rows of float32 or 16-bit data, one in each lane; beyond[r] > 0: by double, as piece_moments.
+// Moments of `rows` <= 8 rows of float32 or 16-bit data, one in each lane; beyond: bit r, by double, as piece_moments.
 template <class T, class V, class D>
 LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t length, int rows, D count,
-                                           double* beyond) {
+                                           unsigned* beyond) {
   const bool in_double = length < kShortRun * V::kLanes;
   const bool single = length <= kSuperblock * V::kLanes;  // superblock, whose pivot is that of the row
   alignas(64) double pivot[8] = {}, moved[8] = {}, moved_square[8] = {};
@@ -279,7 +279,7 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
   }
   const Moments<D> m = moments_about(D::template load<double>(pivot), total, squares, count, D::zero());
   const D spreads = in_double ? D::zero() : single ? squares : D::fold8(spread);
-  fma(D::broadcast(-kSpread), m.m2, spreads).template store<double>(beyond);
+  *beyond = beyond_spread(spreads, m.m2);
   return m;
 }
 
@@ -315,11 +315,10 @@ LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, in
                                                 : finish<S>(m, count, eps));
     }
   } else {
-    alignas(64) double beyond[8], high[8], low[8], variance[8];
+    unsigned beyond;
     const D n = D::broadcast(count);
-    const Moments<D> m = moments_of_rows<T, V>(x, length, rows, n, beyond);
+    const Moments<D> m = moments_of_rows<T, V>(x, length, rows, n, &beyond);
     const Finished<D> f = finish<S>(m, n, D::broadcast(eps), D::broadcast(1.0));  // divisions and a root for all
-    f.variance.template store<double>(variance);
     f.mean.template store<S>(mean, rows);
     f.rstd.template store<S>(rstd, rows);
     f.mean.template store<S>(normalizers->mean);
@@ -327,13 +326,14 @@ LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, in
     f.rstd_low.template store<S>(normalizers->rstd_low);
     f.shift.template store<S>(normalizers->shift);
     D::broadcast(1.0).template store<S>(normalizers->scale);
-    bool redo = false;
-    for (int r = 0; r < rows; ++r) redo |= out_of_range<S>(variance[r], eps) | (beyond[r] > 0.0);
-    if (__builtin_expect(!redo && exact == nullptr, 1)) return;
+    const unsigned redo = (~in_range_lanes<S>(f.variance, D::broadcast(eps)) | beyond) & first_lanes<D>(rows);
+    if (__builtin_expect(redo == 0 && exact == nullptr, 1)) return;
+    alignas(64) double high[8], low[8], variance[8];
+    f.variance.template store<double>(variance);
     f.exact_mean.high.template store<double>(high);
     f.exact_mean.low.template store<double>(low);
     for (int r = 0; r < rows; ++r) {
-      if (out_of_range<S>(variance[r], eps) | (beyond[r] > 0.0)) {
+      if (redo >> r & 1) {
         set(r, redo_row<T, V, D>(x[r], length, variance[r], eps));
       } else {
         save(r, {high[r], low[r]}, variance[r]);
