@@ -35,7 +35,7 @@ struct Problem {
   ExactStatistic* exact;  // (statistics) for running statistics, or null
   double* dweight;        // zeros on entry, or null
   double* dbias;
-  void* sum_dweight;  // C, zeros on entry: in place of dweight and dbias where LN has one chunk of rows; or null
+  void* sum_dweight;  // C, written whole: in place of dweight and dbias where LN has one chunk of rows; or null
   void* sum_dbias;
 
   std::int64_t bytes(int passes) const { return plan.elements * size(args.dtype) * passes; }

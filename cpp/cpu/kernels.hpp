@@ -78,10 +78,10 @@ struct RowGradient {
   const void* constants;  // (rows) GradientConstants<C>; with `shared`, one for all rows, and no weight
   bool shared;
   bool stream;        // write dx past the caches, where lines allow it
-  void* sum_dweight;  // (length) C: sums of up to kFlushRows rows, zero before the first; null: no parameter gradients;
+  void* sum_dweight;  // (length) C: sums of up to kFlushRows rows, written by the first; null: no parameter gradients;
                       // (padded(length)) where they go to totals
   void* sum_dbias;
-  double* dweight;  // (length) running totals: the sums go there and become zero again; null: they stay
+  double* dweight;  // (length) running totals, which the sums join; null: they stay
   double* dbias;
   std::int64_t done;  // rows of this chunk before these, a multiple of kRowBlock
   bool last;          // these end the chunk

@@ -286,15 +286,14 @@ using BackwardStage = Stage<D, 16384, 8192>;
 
 // ---- running sums --------------------------------------------------------------------------------------------------
 
-// sums[length] go to totals and become zero.
+// sums[length] join totals.
 template <class V, class D>
-LANENORM_INLINE void flush(typename V::Scalar* sums, std::int64_t length, double* totals) {
+LANENORM_INLINE void flush(const typename V::Scalar* sums, std::int64_t length, double* totals) {
   using S = typename V::Scalar;
   for (std::int64_t i = 0; i < length; i += D::kLanes) {
     const int lanes = static_cast<int>(length - i < D::kLanes ? length - i : D::kLanes);
     const D sum = D::template load<double>(totals + i, lanes) + D::template load<S>(sums + i);
     sum.template store<double>(totals + i, lanes);
-    D::zero().template store<S>(sums + i);
   }
 }
 

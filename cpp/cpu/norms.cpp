@@ -96,10 +96,10 @@ void round_to(const double* values, std::int64_t count, C* out) {
 class ParameterGradient {
  public:
   ParameterGradient(const Vector& v, DType dtype, bool in_place) : vector_(v), dtype_(dtype), in_place_(in_place) {
-    if (v.data == nullptr) return;
-    const std::int64_t bytes = v.loop.count * (in_place ? size(dtype) : 8);
-    if (!in_place) totals_.reserve(bytes);
-    std::memset(in_place ? v.data : totals_.data(), 0, static_cast<std::size_t>(bytes));
+    if (v.data == nullptr || in_place) return;
+    const std::int64_t bytes = v.loop.count * 8;
+    totals_.reserve(bytes);
+    std::memset(totals_.data(), 0, static_cast<std::size_t>(bytes));
   }
   double* totals() const { return vector_.data == nullptr || in_place_ ? nullptr : totals_.as<double>(); }
   void* sums() const { return in_place_ ? vector_.data : nullptr; }
@@ -203,8 +203,9 @@ void norm_backward(const Args& args) {
   const auto summed_in_place = [&](const Vector& v) {
     return v.data != nullptr && usable_in_place(v, args.parameter_dtype, compute);
   };
-  const bool in_place = args.plan.work == Work::rows && args.plan.affine == Affine::per_element &&
-                        args.plan.outer <= kChunkRows && summed_in_place(args.dweight) && summed_in_place(args.dbias);
+  const bool in_place = args.plan.elements > 0 && args.plan.work == Work::rows &&
+                        args.plan.affine == Affine::per_element && args.plan.outer <= kChunkRows &&
+                        summed_in_place(args.dweight) && summed_in_place(args.dbias);
   const ParameterGradient dweight(args.dweight, args.parameter_dtype, in_place);
   const ParameterGradient dbias(args.dbias, args.parameter_dtype, in_place);
   const Problem problem{Operation::backward,

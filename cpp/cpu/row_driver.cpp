@@ -439,22 +439,20 @@ class RowDriver {
     });
   }
 
-  // Zeroed sums of kFlushRows rows for `columns` columns of dweight and of dbias; null where they are not wanted.
+  // Room for sums of kFlushRows rows of `columns` columns of dweight and of dbias; null where they are not wanted.
   struct Sums {
     void *dweight, *dbias;
   };
-  Sums zero_sums(std::int64_t columns) const {
+  Sums room_for_sums(std::int64_t columns) const {
     if (p_.dweight == nullptr) return {nullptr, nullptr};
     Buffer& buffer = thread_buffer(Slot::sums);
     const std::int64_t pitch = padded(columns);
     buffer.reserve(2 * pitch * static_cast<std::int64_t>(sizeof(C)));
-    std::memset(buffer.data(), 0, static_cast<std::size_t>(2 * pitch) * sizeof(C));
     return {buffer.as<C>(), buffer.as<C>() + pitch};
   }
 
-  template <class S>
-  static void zero(S* values, std::int64_t count) {
-    if (values != nullptr) std::memset(values, 0, static_cast<std::size_t>(count) * sizeof(S));
+  static void zero(double* totals, std::int64_t count) {
+    if (totals != nullptr) std::memset(totals, 0, static_cast<std::size_t>(count) * sizeof(double));
   }
 
   void backward_whole_rows() const {
@@ -488,15 +486,13 @@ class RowDriver {
     };
     if (p_.dweight != nullptr && chunks() > 1 && chunk_rows() <= kFlushRows) {  // the sums of a chunk never leave C
       with_partials<C>(1, p_.bytes(3), [&](std::int64_t chunk, std::int64_t, C* dweight, C* dbias) {
-        zero(dweight, plan_.reduced);
-        zero(dbias, plan_.reduced);
         chunk_of_rows(chunk, dweight, dbias, nullptr, nullptr);
       });
     } else {
       with_partials<double>(1, p_.bytes(3), [&](std::int64_t chunk, std::int64_t, double* dweight, double* dbias) {
         zero(dweight, plan_.reduced);
         zero(dbias, plan_.reduced);
-        const Sums sums = zero_sums(plan_.inner);
+        const Sums sums = room_for_sums(plan_.inner);
         chunk_of_rows(chunk, sums.dweight, sums.dbias, dweight, dbias);
       });
     }
@@ -540,7 +536,7 @@ class RowDriver {
         a.sum_dweight = static_cast<C*>(p_.sum_dweight) + element;
         a.sum_dbias = static_cast<C*>(p_.sum_dbias) + element;
       } else {
-        const Sums sums = zero_sums(length);
+        const Sums sums = room_for_sums(length);
         a.sum_dweight = sums.dweight;
         a.sum_dbias = sums.dbias;
       }

@@ -509,12 +509,13 @@ struct Gradients {
 enum class Writing { cached, streamed, streamed_and_fetched };
 
 // Elements begin..end of dx of N rows: kRowBlock or one; with kParameters the sums over the rows of dy * xhat and dy
-// are added to sum_dweight and sum_dbias. Pointers are copied to where no store can change them.
+// are added to sum_dweight and sum_dbias, or with `fresh` begin there. Pointers are copied to where no store can change
+// them.
 template <int N, class T, class V, bool kWeight, bool kParameters, Writing kWriting>
 LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_, char* const* dx_, std::int64_t begin,
                                    std::int64_t end, const typename V::Scalar* weight,
                                    const GradientConstants<typename V::Scalar>* c, typename V::Scalar* sum_dweight,
-                                   typename V::Scalar* sum_dbias) {
+                                   typename V::Scalar* sum_dbias, bool fresh) {
   using S = typename V::Scalar;
   constexpr std::int64_t kBytes = sizeof(T);
   static_assert(N == 1 || N == 4);
@@ -552,8 +553,13 @@ LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_
     if constexpr (kParameters) {
       char* pw = reinterpret_cast<char*>(sum_dweight + i);
       char* pb = reinterpret_cast<char*>(sum_dbias + i);
-      store<S>(load<S, V>(pw, part) + tree_of_products<N>(g, xhat), pw, part);
-      store<S>(load<S, V>(pb, part) + tree<N>(g), pb, part);
+      V dweight = V::zero(), dbias = V::zero();
+      if (!fresh) {
+        dweight = load<S, V>(pw, part);
+        dbias = load<S, V>(pb, part);
+      }
+      store<S>(dweight + tree_of_products<N>(g, xhat), pw, part);
+      store<S>(dbias + tree<N>(g), pb, part);
     }
   });
 }
@@ -571,15 +577,16 @@ template <class T, class V, class D, bool kWeight, bool kParameters>
   const S* w = static_cast<const S*>(a.weight);
   S* sum_dweight = static_cast<S*>(a.sum_dweight);
   S* sum_dbias = static_cast<S*>(a.sum_dbias);
+  const bool fresh = (a.done + first) % kFlushRows == 0;
   const auto elements = [&](auto how, std::int64_t begin, std::int64_t end) LANENORM_LAMBDA_INLINE {
     constexpr Writing kWriting = static_cast<Writing>(decltype(how)::value);
     if (rows == kRowBlock) {
       gradient_rows<kRowBlock, T, V, kWeight, kParameters, kWriting>(x, dy, dx, begin, end, w, constants, sum_dweight,
-                                                                     sum_dbias);
+                                                                     sum_dbias, fresh);
     } else {
       for (std::int64_t r = 0; r < rows; ++r) {
         gradient_rows<1, T, V, kWeight, kParameters, kWriting>(x + r, dy + r, dx + r, begin, end, w, constants + r,
-                                                               sum_dweight, sum_dbias);
+                                                               sum_dweight, sum_dbias, fresh && r == 0);
       }
     }
   };
