@@ -43,7 +43,8 @@ struct RowForward {
 struct RowMoments {
   const void* const* x;
   std::int64_t runs, length;
-  double scale;  // x is multiplied by it (redo only)
+  double scale;              // x is multiplied by it (redo only)
+  const void* const* ahead;  // (runs) lines of which the first quarter is fetched into L2 meanwhile, or null
 };
 
 // Normalization of one piece of one statistic.
@@ -77,6 +78,8 @@ struct RowGradient {
   const void* weight;     // (length) C, or null
   const void* constants;  // (rows) GradientConstants<C>; with `shared`, one for all rows, and no weight
   bool shared;
+  const void* const* ahead_x;  // (rows) with `shared`: lines to fetch into L2 meanwhile, or null
+  const void* const* ahead_dy;
   bool stream;        // write dx past the caches, where lines allow it
   void* sum_dweight;  // (length) C: sums of up to kFlushRows rows, written by the first; null: no parameter gradients;
                       // (padded(length)) where they go to totals

@@ -26,7 +26,7 @@ inline namespace LANENORM_ISA {
 template <class T, class V, class D, bool kWide>
 PieceMoments row_moments(const RowMoments& a) {
   double count;
-  const Moments<double> m = piece_moments<T, V, D, kWide>(a.x, a.runs, a.length, a.scale, &count);
+  const Moments<double> m = piece_moments<T, V, D, kWide>(a.x, a.runs, a.length, a.scale, &count, a.ahead);
   return {m.pivot, m.sum, m.low, m.m2, count};
 }
 
@@ -646,8 +646,15 @@ void row_gradient(const RowGradient& a) {
       for (int r = 0; r < rows; ++r) {
         const char* x = static_cast<const char*>(a.x[first + r]);
         const char* dy = static_cast<const char*>(a.dy[first + r]);
+        const bool fetch = a.ahead_x != nullptr;
+        const char* ahead_x = fetch ? static_cast<const char*>(a.ahead_x[first + r]) : nullptr;
+        const char* ahead_dy = fetch ? static_cast<const char*>(a.ahead_dy[first + r]) : nullptr;
         write_line<T, V>(dx[r], a.length, a.stream && dx != table,
                          [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+                           if (fetch) {
+                             __builtin_prefetch(ahead_x + i * kBytes, 0, 2);
+                             __builtin_prefetch(ahead_dy + i * kBytes, 0, 2);
+                           }
                            const V xhat = normalize(load<T, V>(x + i * kBytes, part), k.mean, k.rstd, k.shift);
                            return input_gradient(load<T, V>(dy + i * kBytes, part), one, xhat, k.minus_mean_g,
                                                  k.minus_mean_gx, k.factor);

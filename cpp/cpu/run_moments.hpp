@@ -49,13 +49,21 @@ LANENORM_INLINE typename V::Scalar sampled_pivot(const char* x, std::int64_t vec
   return coarse_pivot(x0, (a + b).fold() * kInverse, (abs(a) + abs(b)).fold() * kInverse * kPivotGrain<S>);
 }
 
-// Sums of a superblock about its pivot.
+// Sums of a superblock about its pivot. ahead: for every 4 lines of x one is fetched from there on, which it moves; or
+// null.
 template <class T, class V>
-LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, V pivot) {
+LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, V pivot, const char** ahead) {
   constexpr std::int64_t kLanes = V::kLanes, kVectorBytes = kLanes * static_cast<std::int64_t>(sizeof(T));
   LaneSums<V> lanes{V::zero(), V::zero()}, odd{V::zero(), V::zero()};
   const auto next = [&](auto n) LANENORM_LAMBDA_INLINE {
     constexpr int N = decltype(n)::value;
+    if (N == kBlock && *ahead != nullptr) {
+      LANENORM_UNROLL
+      for (std::int64_t line = 0; line < kBlock * kVectorBytes / 64 / 4; ++line) {
+        __builtin_prefetch(*ahead + line * 64, 0, 2);
+      }
+      *ahead += kBlock * kVectorBytes / 4;
+    }
     V d[N];
     LANENORM_UNROLL
     for (int i = 0; i < N; ++i) d[i] = load<T, V>(x + i * kVectorBytes, Full{}) - pivot;
@@ -91,10 +99,10 @@ LANENORM_INLINE std::int64_t first_vectors(std::int64_t length) {
   return length < kSuperblock * V::kLanes ? length / V::kLanes : kSuperblock;
 }
 
-// A run joins the sums about `pivot`. first: sampled_pivot(x) if the run has a full vector.
+// A run joins the sums about `pivot`. first: sampled_pivot(x) if the run has a full vector. ahead: as above.
 template <class T, class V, class D>
 LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, typename V::Scalar first,
-                             PivotSums<D>* sums) {
+                             PivotSums<D>* sums, const char* ahead = nullptr) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes, kBytes = sizeof(T);
   for (bool blocks = length >= kShortRun * V::kLanes; blocks && length >= V::kLanes;) {
     const std::int64_t count = length < kElements ? length : kElements;
@@ -103,7 +111,7 @@ LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, t
     const typename V::Scalar own = first;
     const std::int64_t next = first_vectors<V>(length);
     if (next > 0) first = sampled_pivot<T, V>(x + count * kBytes, next);
-    const LaneSums<V> lanes = superblock_sums<T, V>(x, count, V::broadcast(own));
+    const LaneSums<V> lanes = superblock_sums<T, V>(x, count, V::broadcast(own), &ahead);
     add_lanes<V>(lanes, static_cast<double>(count), static_cast<double>(own) - pivot, sums);
     x += count * kBytes;
   }
@@ -210,10 +218,11 @@ LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, 
   }
 }
 
-// kWide: in double throughout, x scaled (float64): for statistics out of range.
+// kWide: in double throughout, x scaled (float64): for statistics out of range. ahead: (runs) as above, float32; or
+// null.
 template <class T, class V, class D, bool kWide>
 [[gnu::noinline]] Moments<double> piece_moments(const void* const* x, std::int64_t runs, std::int64_t length,
-                                                double scale, double* count) {
+                                                double scale, double* count, const void* const* ahead = nullptr) {
   if constexpr (sizeof(T) == 8) {
     PieceTree tree;
     for (std::int64_t run = 0; run < runs; ++run) {
@@ -231,7 +240,8 @@ template <class T, class V, class D, bool kWide>
       PivotSums<D> sums = no_sums<D>();
       for (std::int64_t run = 0; run < runs; ++run) {
         if (run > 0) first = pivot_of(run);
-        add_run<T, V>(static_cast<const char*>(x[run]), length, pivot, first, &sums);
+        add_run<T, V>(static_cast<const char*>(x[run]), length, pivot, first, &sums,
+                      ahead == nullptr ? nullptr : static_cast<const char*>(ahead[run]));
       }
       const double sum = sums.sum.fold() + sums.moved, square = sums.square.fold() + sums.moved_square;
       const Moments<double> m = moments_about(pivot, sum, square, *count, 0.0);
