@@ -144,6 +144,7 @@ struct F64x8 {
   using Scalar = double;
   static constexpr int kLanes = 8;
   static constexpr int kWide = 1;
+  static constexpr int kRegisters = 2;
   __m256d v[2];
 
   LANENORM_INLINE static F64x8 of_floats(__m256 f) {
@@ -277,6 +278,7 @@ struct F32x16 {
   using Scalar = float;
   static constexpr int kLanes = 16;
   static constexpr int kWide = 2;
+  static constexpr int kRegisters = 2;
   __m256 v[2];
 
   template <class T>

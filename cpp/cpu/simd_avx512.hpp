@@ -64,6 +64,7 @@ struct F64x8 {
   using Scalar = double;
   static constexpr int kLanes = 8;
   static constexpr int kWide = 1;
+  static constexpr int kRegisters = 1;
   __m512d v;
 
   template <class T>
@@ -161,6 +162,7 @@ struct F32x16 {
   using Scalar = float;
   static constexpr int kLanes = 16;
   static constexpr int kWide = 2;
+  static constexpr int kRegisters = 1;
   __m512 v;
 
   template <class T>

@@ -13,6 +13,7 @@
 //   stream<T>(p)               store<T>(p) past the caches; p a multiple of 64 bytes (of 32 for 16-bit T); other
 //                              threads see it after fence()
 //   wide(part), narrow(parts)  to and from F64x8: part 0 holds lanes 0..7, part 1 lanes 8..15
+//   kRegisters                 how many a vector takes: kernels that could hold more at once ask
 #pragma once
 
 #include <cstdint>
@@ -60,6 +61,7 @@ template <class Self, class S, int N>
 struct Lanewise {
   using Scalar = S;
   static constexpr int kLanes = N;
+  static constexpr int kRegisters = 4;  // of 128 bits
   S lane[N];
 
   template <class F>
