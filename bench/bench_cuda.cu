@@ -14,6 +14,8 @@
 // call, the three by turns; share_of_bandwidth: GB/s over those of that copy, which reads and writes; median_us,
 // p10_us, p90_us over those turns; host_us: what a call costs without a graph, in a row of calls. share_of_streaming:
 // as share_of_bandwidth, were x (and dy) read twice: 3 and 5 passes in place of 2 and 3.
+//
+// Longer than 300 lines because a case is followed here from its arrays to its columns.
 #include <benchmark/benchmark.h>
 #include <cuda_runtime.h>
 

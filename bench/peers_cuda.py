@@ -6,6 +6,8 @@ arrays. `record(run)` makes a CUDA graph of what `run` queues and returns what r
 `UnsupportedError` where a library does not have the case.
 
 Nothing here is imported before a class is made: CuPy and PyTorch are where there is a GPU.
+
+Longer than 300 lines because classes that do the same are read side by side.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@
 namespace lanenorm::cuda {
 namespace {
 
-constexpr int kWord = 16;  // bytes
-
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // ---- the table ---------------------------------------------------------------------------------------------------

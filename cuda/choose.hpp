@@ -21,10 +21,12 @@ struct DeviceLimits {
   int l2_bytes;                   // the cache of the whole device
 };
 
+inline constexpr int kWord = 16;  // bytes that a thread loads at once
+
 // A piece of a row: what a block of kPieceWarps warps holds in registers, 8 words of 16 bytes a lane.
 inline constexpr int kPieceWarps = 8;
 inline constexpr int kPieceWords = 8;
-inline constexpr std::int64_t kPieceBytes = 16 * 32 * kPieceWords * kPieceWarps;  // 32 KB
+inline constexpr std::int64_t kPieceBytes = kWord * 32 * kPieceWords * kPieceWarps;  // 32 KB
 
 // What resident rows keep in shared memory beside the row itself, bytes: row_norm_long.cuh asserts that it is enough.
 inline constexpr int kResidentBytes = 3072;
@@ -87,7 +89,7 @@ inline constexpr int kPieceRows = 8 * kStretchRows;
 inline constexpr int kSlabWords = 8;
 // Slabs of that width in a matrix of so many columns.
 constexpr std::int64_t slabs_of(std::int64_t columns, std::int64_t element_bytes) {
-  return (columns * element_bytes + kSlabWords * 16 - 1) / (kSlabWords * 16);
+  return (columns * element_bytes + kSlabWords * kWord - 1) / (kSlabWords * kWord);
 }
 // Threads of a block of columns, of a resident one at most.
 inline constexpr int kColumnThreads = 256;

@@ -20,6 +20,8 @@
 //            exceed m2 by more than kSpread allows, is swept in double.
 //   float64  moments are those of columns, folded (column_norm.hpp).
 //   sums of a backward: trees of 4 lines (kRowBlock), then one by one; double after 8 vectors of trees.
+//
+// Longer than 300 lines because forward, backward and inference share how planes lie in lines.
 #pragma once
 
 #include <cstdint>

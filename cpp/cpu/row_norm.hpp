@@ -345,8 +345,8 @@ LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, in
 // Rows that are finished together: 8, fewer where x of 8 rows would not stay in half of L1 until it is applied.
 inline constexpr std::int64_t kGroupBytes = 16384;
 // The rows that are fetched while a group is streamed begin at least so many bytes after it: memory answers no sooner.
-// The group next to it (512 bytes to 6 KB) came too late: 65537 x 100 4.1 -> 2.9 ms, 100352 x 96 5.8 -> 3.8,
-// 1048576 x 64 32.6 -> 27.2; 4, 12 and 20 KB are alike or slower.
+// The group next to it (512 bytes to 6 KB) came too late: 65537 x 100 3.9 -> 2.8 ms, 100352 x 96 5.8 -> 3.8,
+// 1048576 x 64 32.6 -> 27.2; 4, 12 and 20 KB took 1.01, 0.99 and 1.04 of that time, medians of six shapes.
 inline constexpr std::int64_t kRowsAhead = 8192;
 
 // weight and bias of a row: its own (BN), or those of the elements (LN).

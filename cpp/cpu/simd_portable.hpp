@@ -13,7 +13,7 @@
 //   stream<T>(p)               store<T>(p) past the caches; p a multiple of 64 bytes (of 32 for 16-bit T); other
 //                              threads see it after fence()
 //   wide(part), narrow(parts)  to and from F64x8: part 0 holds lanes 0..7, part 1 lanes 8..15
-//   kRegisters                 that a vector takes
+//   kRegisters                 how many registers a vector takes
 #pragma once
 
 #include <cstdint>

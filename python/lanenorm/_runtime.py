@@ -1,4 +1,7 @@
-"""Threads, instruction sets, and what this installation consists of. All of it is per process."""
+"""Threads, instruction sets, and what this installation consists of. All of it is per process.
+
+Longer than 300 lines because its functions are public, with numpydoc docstrings.
+"""
 
 from __future__ import annotations
 

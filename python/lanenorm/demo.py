@@ -14,7 +14,8 @@ Whatever is being compared starts from the same weights and sees the same images
 from the papers are then checked against what was measured, and a claim that did not hold is reported as such
 (`_demo_report.py`, which also draws the picture).
 
-Chapters: settings -> data -> network -> training -> the two experiments -> command line.
+Longer than 300 lines because it is one program, to be read from top to bottom. Chapters:
+settings -> data -> network -> training -> the two experiments -> command line.
 """
 
 from __future__ import annotations
