@@ -98,7 +98,7 @@ inline constexpr int kSlabConstants = 6;
 
 // Shared memory of a block that keeps `stretches` of a slab, bytes: constants of its columns, and of every stretch
 // three doubles a column (of float64 forward for three scales: statistic.cuh) beside the rows of 1 or 2 tensors.
-constexpr std::int64_t slab_bytes(int words, std::int64_t stretches, std::int64_t element_bytes, int tensors) {
+inline std::int64_t slab_bytes(int words, std::int64_t stretches, std::int64_t element_bytes, int tensors) {
   const std::int64_t columns = words * 16 / element_bytes, compute_bytes = element_bytes == 8 ? 8 : 4;
   const int sets = tensors == 1 && element_bytes == 8 ? 3 : 1;
   return columns * kSlabConstants * compute_bytes +

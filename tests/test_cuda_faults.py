@@ -1,9 +1,10 @@
 """Faults seeded into copies of the CUDA kernels: the emulation has to catch every one.
 
-A fault is a replacement of text. The changed kernels are built for float32 alone, with AddressSanitizer or with
-ThreadSanitizer, and run the cases that reach them (cuda_on_host/cases.cpp). Caught is what ends in an error of the
-emulator, a sanitizer's report, a wrong value, or other bits than the kernels give as they are. Those pass the same
-runs.
+A fault is a replacement of text. All of them are written into one copy of the kernels, each behind a condition that the
+program is told when it starts: two programs are built, for float32 alone, with AddressSanitizer and with
+ThreadSanitizer, not one for every fault. With a fault, a program runs the cases that reach it
+(cuda_on_host/cases.cpp). Caught is what ends in an error of the emulator, a sanitizer's report, a wrong value, or other
+bits than the kernels give as they are. Those pass the same runs.
 """
 
 import os
@@ -18,7 +19,7 @@ from cuda_on_host.build import HERE, PROCESSES, ROOT, Builder, compiler, execute
 pytestmark = pytest.mark.cuda_on_host
 
 ADDRESS, THREAD = "address", "thread"
-# Compiling is most of the time. TSAN runs too long without optimization.
+# Built and run in the least time: TSAN runs too long without optimization.
 FLAGS = {ADDRESS: ("-O0", "-fno-sanitize=undefined", "-w"), THREAD: ("-w",)}
 
 # --- The cases --------------------------------------------------------------------------------------------------------
@@ -79,7 +80,10 @@ POINTWISE_COLUMNS += (batch("frozen", 90, 67, 1),)
 
 
 class Fault(NamedTuple):
-    """In a file of cuda/, `old` becomes `new`; spaces and line ends are alike in `old`, which stands there once."""
+    """In a file of cuda/, what `old` has between its quotes becomes `new`: an expression, or a statement left out.
+
+    `old` with what is around the quotes stands there once; spaces and line ends are alike.
+    """
 
     old: str
     new: str
@@ -91,248 +95,230 @@ class Fault(NamedTuple):
 RACE = "data race"
 OVERRUN = "heap-buffer-overflow"
 WRONG = "wrong: "
-BARRIER = "device::sync_block();"
-CLUSTER_BARRIER = "device::sync_cluster();"
+BARRIER = "`device::sync_block();`"
+CLUSTER_BARRIER = "`device::sync_cluster();`"
 
 FAULTS = {
     "load.cuh": {
         "last word read whole": Fault(
-            "if (at + 16 <= bytes) return device::load_words_streaming",
-            "if (at < bytes) return device::load_words_streaming",
+            "if (`at + 16 <= bytes`) return device::load_words_streaming",
+            "at < bytes",
             *(ADDRESS, OVERRUN, GROUP),
         ),
         "last word written whole": Fault(
-            "if (at + 16 <= bytes) { device::store_words_streaming",
-            "if (at < bytes) { device::store_words_streaming",
+            "if (`at + 16 <= bytes`) { device::store_words_streaming",
+            "at < bytes",
             *(ADDRESS, OVERRUN, GROUP),
         ),
         "one element beyond the tail read": Fault(
-            "if (at < bytes) elements.value", "if (at <= bytes) elements.value", ADDRESS, OVERRUN, GROUP
+            "if (`at < bytes`) elements.value", "at <= bytes", ADDRESS, OVERRUN, GROUP
         ),
         "one element beyond the tail written": Fault(
-            "if (begin <= at && at < end)", "if (begin <= at && at <= end)", ADDRESS, OVERRUN, GROUP
+            "if (`begin <= at && at < end`)", "begin <= at && at <= end", ADDRESS, OVERRUN, GROUP
         ),
         "last element not written": Fault(
-            "store_edge<T>(run + at, 0, bytes - at, data[v]);",
-            "store_edge<T>(run + at, 0, bytes - at - 4, data[v]);",
+            "store_edge<T>(run + at, 0, `bytes - at`, data[v]);",
+            "bytes - at - 4",
             *(ADDRESS, WRONG, GROUP),
         ),
         "unaligned word read beyond the run": Fault(
-            "at >= shift && at - shift + 32 <= bytes",
+            "`at >= shift && at - shift + 32 <= bytes`",
             "at >= shift && at - shift + 16 <= bytes",
             *(ADDRESS, OVERRUN, GROUP),
         ),
         "unaligned word read before the run": Fault(
-            "at >= shift && at - shift + 32 <= bytes", "at - shift + 32 <= bytes", ADDRESS, "use-after-poison", GROUP
+            "`at >= shift && at - shift + 32 <= bytes`", "at - shift + 32 <= bytes", ADDRESS, "use-after-poison", GROUP
         ),
         "unaligned words joined the wrong way": Fault(
-            "funnel(before, data[v], 16 - shift)", "funnel(before, data[v], shift)", ADDRESS, WRONG, GROUP
+            "funnel(before, data[v], `16 - shift`)", "shift", ADDRESS, WRONG, GROUP
         ),
         "neighbour's word from the wrong lane": Fault(
-            "(lane + L - 1) % L, L);", "(lane + L - 2) % L, L);", ADDRESS, WRONG, GROUP
+            "(`lane + L - 1`) % L, L);", "lane + L - 2", ADDRESS, WRONG, GROUP
         ),
     },
     "reduce.cuh": {
         "mask of the whole warp for a part of it": Fault(
-            "return (device::kAllLanes >> (32 - L)) << (threadIdx.x % 32u / L * L);",
-            "return device::kAllLanes;",
+            "return `(device::kAllLanes >> (32 - L)) << (threadIdx.x % 32u / L * L)`;",
+            "device::kAllLanes",
             *(ADDRESS, "exits, but thread|has exited| meets ", GROUP),
         ),
-        "mask one lane short": Fault("(32 - L)) <<", "(33 - L)) <<", ADDRESS, "not in it|not in mask", GROUP),
+        "mask one lane short": Fault("(`32 - L`)) <<", "33 - L", ADDRESS, "not in it|not in mask", GROUP),
         "one step of the fold missing": Fault(
-            "offset < width; offset *= 2", "offset < width / 2; offset *= 2", ADDRESS, WRONG, GROUP
+            "`offset < width`; offset *= 2", "offset < width / 2", ADDRESS, WRONG, GROUP
         ),
         "fold beyond the group": Fault(
-            "offset < width; offset *= 2", "offset <= width; offset *= 2", ADDRESS, "shuffle_xor by 8 within 8", GROUP
+            "`offset < width`; offset *= 2", "offset <= width", ADDRESS, "shuffle_xor by 8 within 8", GROUP
         ),
         "no barrier between the warps of a block": Fault(BARRIER, "", THREAD, RACE, BLOCK),
         "scratch of warps that are not there": Fault(
-            "place < warps ? scratch[place] : M{}", "scratch[place]", ADDRESS, WRONG, BLOCK
+            "`place < warps ? scratch[place] : M{}`", "scratch[place]", ADDRESS, WRONG, BLOCK
         ),
     },
     "row_norm.cuh": {
-        "tail counted in the moments": Fault("if (left < E) {", "if (left < 0) {", ADDRESS, WRONG, GROUP),
+        "tail counted in the moments": Fault("if (`left < E`) {", "left < 0", ADDRESS, WRONG, GROUP),
         "row after the last one read": Fault(
-            "if (next_row < a.rows) load_run", "if (next_row <= a.rows) load_run", ADDRESS, OVERRUN, GROUP
+            "if (`next_row < a.rows`) load_run", "next_row <= a.rows", ADDRESS, OVERRUN, GROUP
         ),
-        "every other row left out": Fault(
-            "next_row = row + groups;", "next_row = row + groups + 1;", ADDRESS, WRONG, GROUP
-        ),
+        "every other row left out": Fault("next_row = `row + groups`;", "row + groups + 1", ADDRESS, WRONG, GROUP),
         "rows written by two blocks": Fault(
-            "groups = std::int64_t{gridDim.x} * (blockDim.x / L);",
-            "groups = std::int64_t{gridDim.x} * (blockDim.x / L) - 1;",
+            "groups = `std::int64_t{gridDim.x} * (blockDim.x / L)`;",
+            "std::int64_t{gridDim.x} * (blockDim.x / L) - 1",
             *(THREAD, RACE, GROUP),
         ),
-        "scratch of the row before used again": Fault("parity ^= 1;", "", THREAD, RACE, BLOCK),
+        "scratch of the row before used again": Fault("`parity ^= 1;`", "", THREAD, RACE, BLOCK),
     },
     "choose.cpp": {
         "row cut into shares that are too small": Fault(
-            "32 * ceil_div(words, 32 * block.warps)", "32 * (words / (32 * block.warps))", ADDRESS, WRONG, BLOCK
+            "`32 * ceil_div(words, 32 * block.warps)`", "32 * (words / (32 * block.warps))", ADDRESS, WRONG, BLOCK
         ),
         "last strip of columns left out": Fault(
-            "choice.strips = ceil_div(row_bytes, 32 * kWord)",
-            "choice.strips = row_bytes / (32 * kWord)",
+            "choice.strips = `ceil_div(row_bytes, 32 * kWord)`",
+            "row_bytes / (32 * kWord)",
             *(ADDRESS, WRONG, COLUMNS_STREAMED),
         ),
         "last piece of columns left out": Fault(
-            "ceil_div(plan.lines_per_statistic, kPieceRows)",
+            "`ceil_div(plan.lines_per_statistic, kPieceRows)`",
             "plan.lines_per_statistic / kPieceRows",
             *(ADDRESS, WRONG, COLUMNS_STREAMED),
         ),
     },
     "row_norm_long.cuh": {
         "no wait for the copy": Fault(
-            "device::copy_wait<0>();", "", ADDRESS, "wrong: |exits without waiting", RESIDENT
+            "`device::copy_wait<0>();`", "", ADDRESS, "wrong: |exits without waiting", RESIDENT
         ),
-        "copies not committed": Fault("device::copy_commit();", "", ADDRESS, "wrong: |exits without", RESIDENT),
+        "copies not committed": Fault("`device::copy_commit();`", "", ADDRESS, "wrong: |exits without", RESIDENT),
         "wait for all copies but the latest": Fault(
-            "copy_wait<0>()", "copy_wait<1>()", ADDRESS, "wrong: |exits without", RESIDENT
+            "`device::copy_wait<0>()`;", "device::copy_wait<1>()", ADDRESS, "wrong: |exits without", RESIDENT
         ),
-        "no barrier behind the copy": Fault(f"{BARRIER} Words data[V];", "Words data[V];", THREAD, RACE, RESIDENT[:1]),
-        "no barrier before the pieces are folded": Fault(
-            f"{BARRIER} if (warp < pieces)", "if (warp < pieces)", THREAD, RACE, RESIDENT
-        ),
+        "no barrier behind the copy": Fault(f"{BARRIER} Words data[V];", "", THREAD, RACE, RESIDENT[:1]),
+        "no barrier before the pieces are folded": Fault(f"{BARRIER} if (warp < pieces)", "", THREAD, RACE, RESIDENT),
         "no barrier before the next row is copied": Fault(
             f"{BARRIER} // the image is read", "", THREAD, RACE, RESIDENT
         ),
         "no cluster barrier before the exchange": Fault(
             f"{CLUSTER_BARRIER} const Counted total",
-            "const Counted total",
+            "",
             *(THREAD, "before the first sync_cluster", RESIDENT[:1]),
         ),
         "no cluster barrier behind the exchange": Fault(
             f"{CLUSTER_BARRIER} // the other blocks have read", "", THREAD, "data race|has exited", RESIDENT[:1]
         ),
-        "last words copied whole": Fault("bytes - at < 16 ? bytes - at : 16", "16", ADDRESS, OVERRUN, RESIDENT),
-        "unaligned first word copied whole": Fault(
-            "if (at < 0) {", "if (false) {", ADDRESS, "use-after-poison", RESIDENT
-        ),
+        "last words copied whole": Fault("`bytes - at < 16 ? bytes - at : 16`", "16", ADDRESS, OVERRUN, RESIDENT),
+        "unaligned first word copied whole": Fault("if (`at < 0`) {", "false", ADDRESS, "use-after-poison", RESIDENT),
         "image one piece too small": Fault(
-            "static_cast<std::size_t>(pieces_per_block) * cuda::kPieceBytes",
-            "static_cast<std::size_t>(pieces_per_block - 1) * cuda::kPieceBytes",
+            "static_cast<std::size_t>(`pieces_per_block`) * cuda::kPieceBytes",
+            "pieces_per_block - 1",
             *(ADDRESS, OVERRUN, RESIDENT),
         ),
-        "rows strided by blocks, not clusters": Fault(
-            "row += clusters)", "row += gridDim.x)", ADDRESS, WRONG, RESIDENT
-        ),
+        "rows strided by blocks, not clusters": Fault("row += `clusters`)", "gridDim.x", ADDRESS, WRONG, RESIDENT),
         "moments of a piece not written": Fault(
-            "if (threadIdx.x == 0) to[", "if (threadIdx.x == 0 && blockIdx.x != 1) to[", ADDRESS, WRONG, STREAMED
+            "if (`threadIdx.x == 0`) to[", "threadIdx.x == 0 && blockIdx.x != 1", ADDRESS, WRONG, STREAMED
         ),
-        "scratch of the piece before used again": Fault("*parity ^= 1;", "", THREAD, RACE, STREAMED),
-        "last piece not written": Fault("left > 0;", "left > 1;", ADDRESS, WRONG, STREAMED),
+        "scratch of the piece before used again": Fault("`*parity ^= 1;`", "", THREAD, RACE, STREAMED),
+        "last piece not written": Fault("`left > 0`;", "left > 1", ADDRESS, WRONG, STREAMED),
     },
     "row_gradient.cuh": {
-        "tail counted in the sums": Fault("if (left < E) {", "if (left < 0) {", ADDRESS, WRONG, BACKWARD_GROUP),
+        "tail counted in the sums": Fault("if (`left < E`) {", "left < 0", ADDRESS, WRONG, BACKWARD_GROUP),
         "rows of a chunk left out": Fault(
-            "next = row + kGroups;", "next = row + kGroups + 1;", ADDRESS, WRONG, BACKWARD_GROUP
+            "next = `row + kGroups`;", "row + kGroups + 1", ADDRESS, WRONG, BACKWARD_GROUP
         ),
-        "no barrier before the groups are folded": Fault(
-            f"{BARRIER} C* partial", "C* partial", THREAD, RACE, BACKWARD_GROUP
-        ),
+        "no barrier before the groups are folded": Fault(f"{BARRIER} C* partial", "", THREAD, RACE, BACKWARD_GROUP),
         "no barrier before the next chunk": Fault(
-            f"= static_cast<C>(total); }} {BARRIER}", "= static_cast<C>(total); }", THREAD, RACE, BACKWARD_GROUP
+            f"= static_cast<C>(total); }} {BARRIER}", "", THREAD, RACE, BACKWARD_GROUP
         ),
         "partial of the last column not written": Fault(
-            "if (column >= count) continue;", "if (column >= count - 1) continue;", ADDRESS, WRONG, BACKWARD_GROUP
+            "if (`column >= count`) continue;", "column >= count - 1", ADDRESS, WRONG, BACKWARD_GROUP
         ),
         "chunks left out of the fold": Fault(
-            "each = (a.chunks + kFoldRows - 1) / kFoldRows",
-            "each = a.chunks / kFoldRows",
+            "each = `(a.chunks + kFoldRows - 1) / kFoldRows`",
+            "a.chunks / kFoldRows",
             *(ADDRESS, WRONG, BACKWARD_GROUP),
         ),
-        "no barrier in the fold of the chunks": Fault(
-            f"{BARRIER} if (part == 0", "if (part == 0", THREAD, RACE, BACKWARD_GROUP
-        ),
+        "no barrier in the fold of the chunks": Fault(f"{BARRIER} if (part == 0", "", THREAD, RACE, BACKWARD_GROUP),
         "no barrier before the next columns are folded": Fault(
-            f"column, total); }} {BARRIER}", "column, total); }", THREAD, RACE, BACKWARD_GROUP
+            f"column, total); }} {BARRIER}", "", THREAD, RACE, BACKWARD_GROUP
         ),
-        "scratch of the row before used again": Fault(
-            "parity ^= 1; row_sums", "row_sums", THREAD, RACE, BACKWARD_BLOCK
-        ),
+        "scratch of the row before used again": Fault("`parity ^= 1;` row_sums", "", THREAD, RACE, BACKWARD_BLOCK),
         "no cluster barrier before the slabs are folded": Fault(
             f"{CLUSTER_BARRIER} return fold_places",
-            "return fold_places",
+            "",
             *(THREAD, "before the first sync_cluster", BACKWARD_CLUSTER),
         ),
         "no cluster barrier at the end": Fault(
             f"{CLUSTER_BARRIER} // the other blocks",
-            "// the other blocks",
+            "",
             THREAD,
             "data race|has exited",
             BACKWARD_CLUSTER,
         ),
         "sums of a slab not written": Fault(
-            "if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[unit] = sums;",
-            "if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[unit / 2 * 2] = sums;",
+            "if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[`unit`] = sums;",
+            "unit / 2 * 2",
             *(ADDRESS, WRONG, BACKWARD_SLABS),
         ),
     },
     "choose.hpp": {
         "room for two of three numbers a column": Fault(
-            "sets * columns * 24", "sets * columns * 16", ADDRESS, OVERRUN, COLUMNS
+            "`sets * columns * 24`", "sets * columns * 16", ADDRESS, OVERRUN, COLUMNS
         ),
     },
     "column_norm.cuh": {
         "no barrier before the warps of a piece are folded": Fault(
-            f"{BARRIER} Counted total{{}};", "Counted total{};", THREAD, RACE, COLUMNS_STREAMED
+            f"{BARRIER} Counted total{{}};", "", THREAD, RACE, COLUMNS_STREAMED
         ),
-        "no barrier behind the fold": Fault(
-            f"{BARRIER} return total;", "return total;", THREAD, RACE, COLUMNS_STREAMED
-        ),
+        "no barrier behind the fold": Fault(f"{BARRIER} return total;", "", THREAD, RACE, COLUMNS_STREAMED),
         "one row too many": Fault(
-            "const std::int64_t rest = a.rows - first_row;",
-            "const std::int64_t rest = a.rows - first_row + 1;",
+            "const std::int64_t rest = `a.rows - first_row`;",
+            "a.rows - first_row + 1",
             *(ADDRESS, OVERRUN, COLUMNS_STREAMED),
         ),
         "moments of a piece not written": Fault(
-            "if (mine) moments[place] = m;",
-            "if (mine && p.piece == 0) moments[place] = m;",
+            "if (`mine`) moments[place] = m;",
+            "mine && p.piece == 0",
             ADDRESS,
             WRONG,
             COLUMNS_STREAMED,
         ),
         "rows beyond the last one read": Fault(
-            "if (row + r < p.rows) data[r][i]",
-            "if (row + r <= p.rows) data[r][i]",
+            "if (`row + r < p.rows`) data[r][i]",
+            "row + r <= p.rows",
             *(ADDRESS, OVERRUN, (case("forward", 519, 150, axis=0, shared=FEW_STRETCHES, cluster=1),)),
         ),
         "stretch of a piece left out": Fault(
-            "stretch < kColumnWarps; ++stretch) total", "stretch < 7; ++stretch) total", ADDRESS, WRONG, COLUMNS
+            "`stretch < kColumnWarps`; ++stretch) total", "stretch < 7", ADDRESS, WRONG, COLUMNS
         ),
     },
     "column_resident.cuh": {
         "no wait for the copy": Fault(
-            f"device::copy_wait<0>(); {BARRIER} const auto collect",
-            f"{BARRIER} const auto collect",
+            "`device::copy_wait<0>();` device::sync_block(); const auto collect",
+            "",
             *(ADDRESS, "wrong: |exits without waiting", (case("forward", 520, 72, axis=0),)),
         ),
-        "no barrier behind the copy": Fault(
-            f"{BARRIER} const auto collect", "const auto collect", THREAD, RACE, COLUMNS
-        ),
+        "no barrier behind the copy": Fault(f"{BARRIER} const auto collect", "", THREAD, RACE, COLUMNS),
         "no cluster barrier before moments are folded": Fault(
             f"{CLUSTER_BARRIER} // the moments are there", "", THREAD, "before the first sync_cluster|race", COLUMNS
         ),
         "no cluster barrier before the normalizers are read": Fault(
             f"{CLUSTER_BARRIER} // the constants are there K k[kPerWord<T>]; load_constants(t, memory, k); for_parked",
-            "K k[kPerWord<T>]; load_constants(t, memory, k); for_parked",
+            "",
             *(THREAD, "data race|has exited", COLUMNS),
         ),
         "constants to the block that has them": Fault(
-            "block < device::cluster_size(); ++block", "block < 1; ++block", ADDRESS, WRONG, COLUMNS
+            "`block < device::cluster_size()`; ++block", "block < 1", ADDRESS, WRONG, COLUMNS
         ),
-        "moments of the first block only": Fault("static_cast<unsigned>(block));", "0u);", ADDRESS, WRONG, COLUMNS),
+        "moments of the first block only": Fault("`static_cast<unsigned>(block)`);", "0u", ADDRESS, WRONG, COLUMNS),
         "last stretch of a block left out": Fault(
-            "stretch < slab.stretches;", "stretch < slab.stretches - 1;", ADDRESS, WRONG, COLUMNS
+            "`stretch < slab.stretches`;", "stretch < slab.stretches - 1", ADDRESS, WRONG, COLUMNS
         ),
-        "last piece not folded": Fault("width < pieces) width", "width < pieces - 1) width", ADDRESS, WRONG, COLUMNS),
+        "last piece not folded": Fault("`width < pieces`) width", "width < pieces - 1", ADDRESS, WRONG, COLUMNS),
         "words beyond the columns written": Fault(
-            "more < 0 ? 0 : more < 16 * L ? more : 16 * L;", "16 * L;", ADDRESS, "wrong: |overflow|exits", COLUMNS
+            "`more < 0 ? 0 : more < 16 * L ? more : 16 * L`;", "16 * L", ADDRESS, "wrong: |overflow|exits", COLUMNS
         ),
         "slabs counted in blocks, not clusters": Fault(
-            "unit = blockIdx.x / device::cluster_size();", "unit = blockIdx.x;", ADDRESS, "wrong|overflow", COLUMNS
+            "unit = `blockIdx.x / device::cluster_size()`;", "blockIdx.x", ADDRESS, "wrong|overflow", COLUMNS
         ),
         "no barrier behind the copy of a backward": Fault(
-            f"{BARRIER} for_stretches", "for_stretches", THREAD, RACE, BACKWARD_COLUMNS
+            f"{BARRIER} for_stretches", "", THREAD, RACE, BACKWARD_COLUMNS
         ),
         "no cluster barrier before sums are folded": Fault(
             f"{CLUSTER_BARRIER} // the sums are there",
@@ -343,12 +329,12 @@ FAULTS = {
         ),
         "no cluster barrier before the constants are read": Fault(
             f"{CLUSTER_BARRIER} // the constants are there K k[kPerWord<T>]; load_constants(t, memory, k); const bool",
-            "K k[kPerWord<T>]; load_constants(t, memory, k); const bool",
+            "",
             *(THREAD, "data race|has exited", BACKWARD_COLUMNS),
         ),
         "dy in the place of x": Fault(
-            "park(t, dy_of(a), memory.rows + memory.tensor_words);",
-            "park(t, dy_of(a), memory.rows);",
+            "park(t, dy_of(a), `memory.rows + memory.tensor_words`);",
+            "memory.rows",
             *(ADDRESS, WRONG, BACKWARD_COLUMNS),
         ),
     },
@@ -357,187 +343,217 @@ FAULTS = {
             f"{BARRIER} // the constants before are read", "", THREAD, RACE, POINTWISE_PLANES[:1]
         ),
         "no barrier before the constants of planes are read": Fault(
-            f"{BARRIER} }} const K k = constants", "} const K k = constants", THREAD, RACE, POINTWISE_PLANES
+            f"{BARRIER} }} const K k = constants", "", THREAD, RACE, POINTWISE_PLANES
         ),
         "constants of the first channels only": Fault(
-            "ready = first + blockDim.x;", "ready = first + 100000;", ADDRESS, "wrong: |overflow", POINTWISE_PLANES
+            "ready = `first + blockDim.x`;", "first + 100000", ADDRESS, "wrong: |overflow", POINTWISE_PLANES
         ),
         "channel of the last piece without constants": Fault(
-            "if (channel <= last)", "if (channel < last)", ADDRESS, WRONG, POINTWISE_PLANES
+            "if (`channel <= last`)", "channel < last", ADDRESS, WRONG, POINTWISE_PLANES
         ),
         "piece between two blocks left out": Fault(
-            "begin = units * blockIdx.x / gridDim.x,",
-            "begin = units * blockIdx.x / gridDim.x + (blockIdx.x == 1),",
+            "begin = `units * blockIdx.x / gridDim.x`,",
+            "units * blockIdx.x / gridDim.x + (blockIdx.x == 1)",
             *(ADDRESS, WRONG, POINTWISE_PLANES),
         ),
         "segments of the next run not begun": Fault(
-            "if (segment >= runs.segments) {", "if (false) {", ADDRESS, "wrong: |overflow", POINTWISE_PLANES
+            "if (`segment >= runs.segments`) {", "false", ADDRESS, "wrong: |overflow", POINTWISE_PLANES
         ),
         "no barrier before the constants of columns are read": Fault(
-            f"{BARRIER} K k[E] = {{}};", "K k[E] = {};", THREAD, RACE, POINTWISE_COLUMNS
+            f"{BARRIER} K k[E] = {{}};", "", THREAD, RACE, POINTWISE_COLUMNS
         ),
         "no barrier before the next constants": Fault(
             f"{BARRIER} // the constants are read", "", THREAD, RACE, POINTWISE_COLUMNS
         ),
         "constants of columns counted from the first": Fault(
-            "constants[statistic_of_column(mine, channels.fold) - first]",
-            "constants[(statistic_of_column(mine, channels.fold) - first) / 2]",
+            "constants[`statistic_of_column(mine, channels.fold) - first`]",
+            "(statistic_of_column(mine, channels.fold) - first) / 2",
             *(ADDRESS, WRONG, POINTWISE_COLUMNS),
         ),
         "bias in a gradient": Fault(
-            "input_gradient(dy, C(1), C(0), C(0), C(0), factor)",
-            "input_gradient(dy, C(1), C(0), C(1), C(0), factor)",
+            "input_gradient(dy, C(1), C(0), C(`0`), C(0), factor)",
+            "1",
             *(ADDRESS, WRONG, POINTWISE_COLUMNS),
         ),
     },
     "column_launch.cuh": {
         "last slab left out": Fault(
-            "slabs = (args.columns + width - 1) / width;",
-            "slabs = args.columns / width;",
+            "slabs = `(args.columns + width - 1) / width`;",
+            "args.columns / width",
             *(ADDRESS, WRONG, COLUMNS),
         ),
     },
     "column_gradient.cuh": {
         "no barrier before the warps of a piece are folded": Fault(
-            f"{BARRIER} GradientSums total{{}};", "GradientSums total{};", THREAD, RACE, BACKWARD_COLUMNS_STREAMED
+            f"{BARRIER} GradientSums total{{}};", "", THREAD, RACE, BACKWARD_COLUMNS_STREAMED
         ),
-        "no barrier behind the fold": Fault(
-            f"{BARRIER} return total;", "return total;", THREAD, RACE, BACKWARD_COLUMNS_STREAMED
-        ),
+        "no barrier behind the fold": Fault(f"{BARRIER} return total;", "", THREAD, RACE, BACKWARD_COLUMNS_STREAMED),
         "scratch of warps without rows": Fault(
-            "if (rows_of_stretch(a.rows, p.piece * kColumnWarps + w) == 0) return GradientSums{};",
+            "`if (rows_of_stretch(a.rows, p.piece * kColumnWarps + w) == 0) return GradientSums{};`",
             "",
             *(ADDRESS, WRONG, BACKWARD_COLUMNS_STREAMED),
         ),
         "slabs share their part of dweight": Fault(
-            "word / cuda::kSlabWords)", "word / 32)", ADDRESS, WRONG, BACKWARD_COLUMNS
+            "`word / cuda::kSlabWords`)", "word / 32", ADDRESS, WRONG, BACKWARD_COLUMNS
         ),
         "part of dweight by the wrong lanes": Fault(
-            "threadIdx.x % cuda::kSlabWords == 0 &&", "threadIdx.x % 32 == 0 &&", ADDRESS, WRONG, BACKWARD_COLUMNS
+            "`threadIdx.x % cuda::kSlabWords == 0` &&", "threadIdx.x % 32 == 0", ADDRESS, WRONG, BACKWARD_COLUMNS
         ),
         "sums of a piece not written": Fault(
-            "if (static_cast<int>(threadIdx.x) < p.columns) { static_cast<GradientSums*>",
-            "if (static_cast<int>(threadIdx.x) < p.columns && p.piece == 0) { static_cast<GradientSums*>",
+            "if (`static_cast<int>(threadIdx.x) < p.columns`) { static_cast<GradientSums*>",
+            "static_cast<int>(threadIdx.x) < p.columns && p.piece == 0",
             *(ADDRESS, WRONG, BACKWARD_COLUMNS_STREAMED),
         ),
     },
     "channel.cuh": {
         "running statistics by every channel's warp but the last": Fault(
-            "if (a.running_mean == nullptr) return;",
-            "if (a.running_mean == nullptr || channel + 1 == a.count) return;",
+            "if (`a.running_mean == nullptr`) return;",
+            "a.running_mean == nullptr || channel + 1 == a.count",
             *(ADDRESS, WRONG, CHANNEL_COLUMNS),
         ),
         "weight of the channel before": Fault(
-            "a.parameters_as_compute, channel, Compute<T>(1)",
-            "a.parameters_as_compute, channel / 2, Compute<T>(1)",
+            "a.parameters_as_compute, `channel`, Compute<T>(1)",
+            "channel / 2",
             *(ADDRESS, WRONG, PLANES),
         ),
         "places of the channel left out": Fault(
-            "fold_places(places, [&](std::int64_t i) { return moments[i]; });",
-            "fold_places(places - 1, [&](std::int64_t i) { return moments[i]; });",
+            "fold_places(`places`, [&](std::int64_t i) { return moments[i]; });",
+            "places - 1",
             *(ADDRESS, WRONG, CHANNEL_COLUMNS),
         ),
         "dbias not stored": Fault(
-            "if (first && a.dbias != nullptr)", "if (false)", ADDRESS, WRONG, BACKWARD_CHANNEL_COLUMNS
+            "if (`first && a.dbias != nullptr`)", "false", ADDRESS, WRONG, BACKWARD_CHANNEL_COLUMNS
         ),
     },
     "plane_norm.cuh": {
         "segment of a run that is not there": Fault(
-            "run < runs.runs ? runs.length : 0", "runs.length", ADDRESS, "wrong: |overflow", PLANES_STREAMED
+            "`run < runs.runs ? runs.length : 0`", "runs.length", ADDRESS, "wrong: |overflow", PLANES_STREAMED
         ),
-        "no wait for the copy": Fault("device::copy_wait<0>();", "", ADDRESS, "wrong: |exits without waiting", PLANES),
+        "no wait for the copy": Fault(
+            "`device::copy_wait<0>();`", "", ADDRESS, "wrong: |exits without waiting", PLANES
+        ),
         "no barrier behind the copy": Fault(
-            "device::sync_warp(device::kAllLanes); Words data", "Words data", THREAD, RACE, PLANES
+            "`device::sync_warp(device::kAllLanes);` Words data", "", THREAD, RACE, PLANES
         ),
         "no barrier before the slots are filled again": Fault(
-            "device::sync_warp(device::kAllLanes); // the slots are read",
+            "`device::sync_warp(device::kAllLanes);` // the slots are read",
             "",
-            *(THREAD, RACE, (batch("forward", 2, 1400, 320, shift=3),)),
+            *(THREAD, RACE, (batch("forward", 2, 20, 320, shift=3),)),
         ),
         "no barrier before the warps of a piece are folded": Fault(
-            f"{BARRIER} for (int piece", "for (int piece", THREAD, RACE, PLANES
+            f"{BARRIER} for (int piece", "", THREAD, RACE, PLANES
         ),
         "no cluster barrier before the exchange": Fault(
-            f"{CLUSTER_BARRIER} const M total", "const M total", THREAD, "before the first sync_cluster|race", PLANES
+            f"{CLUSTER_BARRIER} const M total", "", THREAD, "before the first sync_cluster|race", PLANES
         ),
         "no cluster barrier behind the exchange": Fault(
             f"{CLUSTER_BARRIER} // the other blocks have read", "", THREAD, "data race|has exited", PLANES
         ),
         "warps that are not there": Fault(
-            "place < warps ? shared.warps[piece][place] : M{}",
+            "`place < warps ? shared.warps[piece][place] : M{}`",
             "shared.warps[piece][place]",
             *(ADDRESS, WRONG, PLANES),
         ),
         "slots that overlap": Fault(
-            "place * (runs.segment_words + cuda::kSlotSpare)",
-            "place * (runs.segment_words - 8)",
+            "place * (`runs.segment_words + cuda::kSlotSpare`)",
+            "runs.segment_words - 8",
             *(THREAD, "data race|wrong", PLANES),
         ),
         "slots one piece short": Fault(
-            "tensors * choice.pieces_per_block * choice.warps",
+            "`tensors * choice.pieces_per_block * choice.warps`",
             "tensors * choice.pieces_per_block * (choice.warps - 1)",
             *(ADDRESS, "overflow", PLANES),
         ),
         "last piece not written": Fault(
-            "i < units; i += gridDim.x", "i < units - 1; i += gridDim.x", ADDRESS, WRONG, PLANES_STREAMED
+            "`i < units`; i += gridDim.x", "i < units - 1", ADDRESS, WRONG, PLANES_STREAMED
         ),
         "statistics stored by a block that has another piece": Fault(
-            "std::int64_t{device::cluster_rank()} * runs.pieces_per_block",
+            "`std::int64_t{device::cluster_rank()} * runs.pieces_per_block`",
             "std::int64_t{device::cluster_rank()} * runs.pieces_per_block / 2",
             *(ADDRESS, WRONG, PLANES),
         ),
     },
     "plane_gradient.cuh": {
         "dy in the place of x": Fault(
-            "slot<M>(a.runs, piece, 1), lane, 32", "slot<M>(a.runs, piece), lane, 32", ADDRESS, "wrong", BACKWARD_PLANES
+            "`slot<M>(a.runs, piece, 1)`, lane, 32", "slot<M>(a.runs, piece)", ADDRESS, "wrong", BACKWARD_PLANES
         ),
         "no wait for the copy": Fault(
-            "device::copy_wait<0>();", "", ADDRESS, "wrong: |exits without waiting", BACKWARD_PLANES
+            "`device::copy_wait<0>();`", "", ADDRESS, "wrong: |exits without waiting", BACKWARD_PLANES
         ),
-        "scratch of the piece before used again": Fault(
-            "parity ^= 1;", "", THREAD, RACE, (batch("backward", 9, 530, 1303, shared=NO_PIECE),)
-        ),
+        "scratch of the piece before used again": Fault("`parity ^= 1;`", "", THREAD, RACE, BACKWARD_PLANES_STREAMED),
         "sums of a piece not written": Fault(
-            "if (threadIdx.x == 0) static_cast<GradientSums*>",
-            "if (threadIdx.x == 0 && piece == 0) static_cast<GradientSums*>",
+            "if (`threadIdx.x == 0`) static_cast<GradientSums*>",
+            "threadIdx.x == 0 && piece == 0",
             *(ADDRESS, WRONG, BACKWARD_PLANES_STREAMED),
         ),
     },
     "operands.hpp": {
         "channels of a fold counted as columns": Fault(
-            "a.fold = args.plan.fold;", "a.fold = 1;", ADDRESS, "wrong: |overflow", BACKWARD_CHANNEL_COLUMNS
+            "a.fold = `args.plan.fold`;", "1", ADDRESS, "wrong: |overflow", BACKWARD_CHANNEL_COLUMNS
         ),
     },
     "batch_norm.cu": {
         "dbias in the place of dweight": Fault(
-            "channels.dbias = dbias.data();",
-            "channels.dbias = dweight.data();",
+            "channels.dbias = `dbias.data()`;",
+            "dweight.data()",
             ADDRESS,
             WRONG,
             BACKWARD_CHANNEL_COLUMNS,
         ),
         "running statistics not given": Fault(
-            "channels.running_mean = running_mean.data();", "", ADDRESS, WRONG, CHANNEL_COLUMNS
+            "`channels.running_mean = running_mean.data();`", "", ADDRESS, WRONG, CHANNEL_COLUMNS
         ),
     },
 }
-NAMES = [(file, name) for file, faults in FAULTS.items() for name in faults]
+ALL = {(file, name): fault for file, faults in FAULTS.items() for name, fault in faults.items()}
+NUMBER = {key: 1 + place for place, key in enumerate(ALL)}
 
 # --- Building and running ---------------------------------------------------------------------------------------------
 
 
+def find(text, wanted):
+    """Where `wanted`, or the group of it between quotes, stands in the text, once."""
+    pattern = "".join(r"\s+" if part.isspace() else re.escape(part) for part in re.split(r"(\s+)", wanted))
+    found = list(re.finditer(re.sub("`(.*)`", r"(\1)", pattern), text))
+    assert len(found) == 1, f"{len(found)} times: {wanted}"
+    return found[0].span("`" in wanted)
+
+
 def replaced(path, old, new):
     """Replace what stands once in a file."""
-    pattern = re.compile(r"\s+".join(re.escape(word) for word in old.split()))
-    text, count = pattern.subn(lambda _: new, path.read_text())
-    assert count == 1, f"{path.name} has this {count} times: {old}"
-    path.write_text(text)
+    text = path.read_text()
+    begin, end = find(text, old)
+    path.write_text(text[:begin] + new + text[end:])
 
 
-def copy_of_sources(folder):
-    """The kernels and what they include, for float32 alone: a quarter of the time. Small arrays have chunks of rows."""
+def seeded(text, faults):
+    """The text of a file with {number: fault}; one is there while the variable `seeded_fault` has its number."""
+    insertions = []
+    for number, fault in faults.items():
+        begin, end = find(text, fault.old)
+        if text[end - 1] == ";":
+            assert not fault.new
+            opening, closing = f"if (seeded_fault != {number}) {{ ", " }"
+        else:
+            opening, closing = f"(seeded_fault == {number} ? ({fault.new}) : (", "))"
+        # One fault may lie within another: what is opened last is closed first.
+        insertions += [(begin, 1, -end, number, opening), (end, 0, -begin, -number, closing)]
+    for place, *_, inserted in sorted(insertions, reverse=True):
+        text = text[:place] + inserted + text[place:]
+    return f"extern int seeded_fault;  {text}"  # no line more: reports name lines
+
+
+def copy_of_sources(folder, sanitizer=None):
+    """The kernels and what they include, for float32 alone: a quarter of the time. Small arrays have chunks of rows.
+
+    With the faults that `sanitizer` is for.
+    """
     for name in ("cuda", "cpp/core", "cpp/cpu"):
         shutil.copytree(ROOT / name, folder / name)
+    for file, of_file in FAULTS.items():
+        faults = {NUMBER[file, name]: fault for name, fault in of_file.items() if fault.sanitizer == sanitizer}
+        path = folder / "cuda" / file
+        path.write_text(seeded(path.read_text(), faults))
     for dtype in ("float16", "bfloat16", "float64"):
         for unit in folder.glob(f"cuda/*_{dtype}.cu"):
             unit.unlink()
@@ -548,29 +564,20 @@ def copy_of_sources(folder):
     return folder
 
 
-def run_cases(builder, cases):
-    """The completed process of the cases."""
-    return execute(builder.program(HERE / "cases.cpp", *builder.kernels()), *cases)
+def program(folder, sanitizer, flags):
+    """Of the kernels in a folder."""
+    builder = Builder(folder, sanitizer, flags)
+    return builder.program(HERE / "cases.cpp", *builder.kernels())
 
 
-def outcome(file, name, tree, folder):
-    """The completed process of a fault in a copy of `tree`, or the error on the way there."""
-    fault = FAULTS[file][name]
-    builder = Builder(shutil.copytree(tree, folder), fault.sanitizer, FLAGS[fault.sanitizer])
-    try:
-        replaced(folder / "cuda" / file, fault.old, fault.new)
-        return run_cases(builder, fault.cases)
-    except (AssertionError, RuntimeError) as error:
-        return error
-    finally:  # nobody needs them again
-        shutil.rmtree(folder)
-        for path in builder.made:
-            path.unlink()
+def execute_all(commands):
+    """The completed process of each command, several at once."""
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        return list(pool.map(lambda command: execute(*command), commands))
 
 
-def all_cases(sanitizer):
-    faults = [fault for of_file in FAULTS.values() for fault in of_file.values()]
-    return sorted({case for fault in faults if fault.sanitizer == sanitizer for case in fault.cases})
+def cases_of(sanitizer):
+    return sorted({case for fault in ALL.values() if fault.sanitizer == sanitizer for case in fault.cases})
 
 
 @pytest.fixture(scope="module")
@@ -583,54 +590,54 @@ def tools():
 
 
 @pytest.fixture(scope="module")
-def tree(tools, tmp_path_factory):
-    """The kernels as they are."""
-    return copy_of_sources(tmp_path_factory.mktemp("unchanged"))
+def programs(tools, tmp_path_factory):
+    """The two programs, by sanitizer."""
+    return {s: program(copy_of_sources(tmp_path_factory.mktemp(s), s), s, FLAGS[s]) for s in FLAGS}
 
 
 @pytest.fixture(scope="module")
-def unchanged(tree):
-    """What the cases do with them."""
-    results = {s: run_cases(Builder(tree, s, FLAGS[s]), all_cases(s)) for s in FLAGS}
-    if "unexpected memory mapping" in results[THREAD].stderr:
+def unchanged(programs):
+    """What all cases do with no fault: by sanitizer, in the order of `cases_of`."""
+    results = {s: execute_all([(programs[s], case) for case in cases_of(s)]) for s in FLAGS}
+    if any("unexpected memory mapping" in done.stderr for done in results[THREAD]):
         pytest.skip("this TSAN cannot run with this kernel's address randomization")
     return results
 
 
 @pytest.fixture(scope="module")
-def outcomes(unchanged, tree, tmp_path_factory, request):
-    """What became of the faults that this session asks for, several at once."""
-    folder = tmp_path_factory.mktemp("faults")
+def outcomes(unchanged, programs, request):
+    """What the faults do that this session asks for."""
     items = [item for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())]
     asked = [(item.callspec.params["file"], item.callspec.params["name"]) for item in items]
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        results = pool.map(lambda i: outcome(*asked[i], tree, folder / str(i)), range(len(asked)))
-        return dict(zip(asked, results, strict=True))
+    commands = [(programs[ALL[key].sanitizer], f"fault={NUMBER[key]}", *ALL[key].cases) for key in asked]
+    return dict(zip(asked, execute_all(commands), strict=True))
 
 
 @pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD])
 def test_unchanged_kernels_pass(unchanged, sanitizer):
-    done = unchanged[sanitizer]
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == len(all_cases(sanitizer))
-    assert not done.stderr
+    for case, done in zip(cases_of(sanitizer), unchanged[sanitizer], strict=True):
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert re.fullmatch(f"{case} [0-9a-f]{{16}}\n", done.stdout)
+        assert not done.stderr
 
 
-def test_unchanged_kernels_have_no_undefined_behaviour(tree):
-    done = run_cases(Builder(tree, ADDRESS, ("-O0",)), all_cases(ADDRESS))
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_unchanged_kernels_have_no_undefined_behaviour(unchanged, tmp_path):
+    """And the bits of those that carry the faults, switched off."""
+    carries_none = program(copy_of_sources(tmp_path), ADDRESS, ("-O0",))
+    results = execute_all([(carries_none, case) for case in cases_of(ADDRESS)])
+    for with_faults, done in zip(unchanged[ADDRESS], results, strict=True):
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout == with_faults.stdout
 
 
-@pytest.mark.parametrize(("file", "name"), NAMES)
+@pytest.mark.parametrize(("file", "name"), ALL)
 def test_fault_is_caught(unchanged, outcomes, file, name):
-    done, fault = outcomes[file, name], FAULTS[file][name]
-    if isinstance(done, Exception):
-        raise done
-    expected = set(unchanged[fault.sanitizer].stdout.splitlines())
+    done, fault = outcomes[file, name], ALL[file, name]
+    expected = {run.stdout.strip() for run in unchanged[fault.sanitizer]}
     other_bits = [line for line in done.stdout.splitlines() if line not in expected]
     assert done.returncode != 0 or other_bits, "not caught"
     assert re.search(fault.caught, done.stdout + done.stderr), done.stdout + done.stderr
 
 
 def test_there_are_enough_faults():
-    assert len(NAMES) >= 20
+    assert len(ALL) >= 20

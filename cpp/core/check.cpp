@@ -60,6 +60,17 @@ struct Call {
   Call(const char* operation, const View& x, Args* args, AxisList axes)
       : operation(operation), x(x), args(args), axes(axes), parameter_axes(0) {}
 
+  // What not every operation has.
+  void defaults() const {
+    for (Vector* vector : {&args->weight, &args->bias, &args->mean, &args->rstd, &args->dweight, &args->dbias,
+                           &args->running_mean, &args->running_var}) {
+      vector->data = nullptr;
+    }
+    args->eps = 0.0;
+    args->momentum = 0.0;
+    args->training = true;
+  }
+
   std::string of_x() const { return errors::axis_of(axes.axis, axes.count, x); }
 
   std::int64_t normalized_axis(const char* argument, std::int64_t axis) const {
@@ -205,10 +216,6 @@ struct Call {
     args->dtype = x.dtype;
     args->x = x.data;
     args->dy = dy == nullptr ? nullptr : dy->data;
-    for (Vector* vector : {&args->weight, &args->bias, &args->mean, &args->rstd, &args->dweight, &args->dbias,
-                           &args->running_mean, &args->running_var}) {
-      vector->data = nullptr;
-    }
   }
 };
 
@@ -228,6 +235,7 @@ bool overlap(const View& a, const View& b) {
 void check_layer_norm_forward(const char* operation, const View& x, const View* weight, const View* bias, AxisList axes,
                               double eps, const View* out, Args* args) {
   Call call(operation, x, args, axes);
+  call.defaults();
   call.layer_norm_axes();
   call.parameters(weight, bias);
   call.eps(eps);
@@ -242,6 +250,7 @@ void check_layer_norm_forward(const char* operation, const View& x, const View* 
 void check_layer_norm_backward(const char* operation, const View& dy, const View& x, const View& mean, const View& rstd,
                                const View* weight, AxisList axes, const View* out, Args* args) {
   Call call(operation, x, args, axes);
+  call.defaults();
   call.layer_norm_axes();
   call.gradient(dy);
   call.layer_statistic("mean", mean);
@@ -252,7 +261,6 @@ void check_layer_norm_backward(const char* operation, const View& dy, const View
   call.no_overlap("out", out, "mean", &mean);
   call.no_overlap("out", out, "rstd", &rstd);
   call.no_overlap("out", out, "weight", weight);
-  args->training = true;
   call.plan(&dy, Affine::per_element);
   call.parameter_vector(weight, &args->weight);
   statistic_vectors(call, mean, rstd);
@@ -262,6 +270,7 @@ void check_batch_norm_inference(const char* operation, const View& x, const View
                                 const View* weight, const View* bias, std::int64_t channel_axis, double eps,
                                 const View* out, Args* args) {
   Call call(operation, x, args, {&channel_axis, 1});
+  call.defaults();
   call.batch_norm_axis();
   call.channel_statistic("running_mean", running_mean);
   call.channel_statistic("running_var", running_var);
@@ -283,6 +292,7 @@ void check_batch_norm_forward(const char* operation, const View& x, const View* 
                               const View* running_mean, const View* running_var, double momentum,
                               std::int64_t channel_axis, double eps, const View* out, Args* args) {
   Call call(operation, x, args, {&channel_axis, 1});
+  call.defaults();
   call.batch_norm_axis();
   call.parameters(weight, bias);
   if (running_mean != nullptr && running_var == nullptr) {
@@ -333,6 +343,7 @@ void check_batch_norm_backward(const char* operation, const View& dy, const View
                                const View* weight, std::int64_t channel_axis, bool training, const View* out,
                                Args* args) {
   Call call(operation, x, args, {&channel_axis, 1});
+  call.defaults();
   call.batch_norm_axis();
   call.gradient(dy);
   call.channel_statistic("mean", mean);

@@ -97,16 +97,10 @@ class Builder:
         More flags for every file but the emulator's.
     emulator : Path
         This folder, or a copy whose emulator was changed.
-
-    Attributes
-    ----------
-    made : list of Path
-        What was not in the cache.
     """
 
     def __init__(self, tree=ROOT, sanitizer="", flags=(), emulator=HERE):
         self.tree = Path(tree)
-        self.made = []
         self.emulator = Path(emulator)
         self.sanitizer = SANITIZERS[sanitizer]
         self.flags = flags
@@ -137,7 +131,6 @@ class Builder:
             os.chmod(temporary.name, 0o755)
             os.link(temporary.name, f"{temporary.name}.done")
             os.replace(f"{temporary.name}.done", output)
-        self.made.append(output)
 
     def compile(self, source, *flags):
         """Object file of `source`; .cu files are C++ here."""

@@ -8,7 +8,8 @@
 // a 16-byte border and the arrays (but for y and dx of batch norms, so that nothing but the loads is unaligned);
 // SHARED: bytes of shared memory a block may have; CLUSTER: blocks a cluster may have. Prints a hash of the results of
 // each; on an error, a value that is wrong, or bits that differ between these runs, a line that says so, and the exit
-// code is 1. All arrays are exactly as large as they must be.
+// code is 1. All arrays are exactly as large as they must be. A first argument fault=NUMBER switches on one of the
+// faults that the test has written into the kernels.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -28,6 +29,8 @@ extern "C" {
 [[gnu::weak]] void __asan_poison_memory_region(const volatile void* address, std::size_t size);
 [[gnu::weak]] void __asan_unpoison_memory_region(const volatile void* address, std::size_t size);
 }
+
+int seeded_fault = 0;  // 0: none
 
 namespace {
 
@@ -319,7 +322,8 @@ std::uint64_t run_everywhere(const Case& c) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  for (int i = 1; i < count; ++i) {
+  const int first = count > 1 && std::sscanf(arguments[1], "fault=%d", &seeded_fault) == 1 ? 2 : 1;
+  for (int i = first; i < count; ++i) {
     try {
       const auto hash = static_cast<unsigned long long>(run_everywhere(parse(arguments[i])));
       std::printf("%s %016llx\n", arguments[i], hash);
