@@ -44,7 +44,7 @@ struct RowMoments {
   const void* const* x;
   std::int64_t runs, length;
   double scale;              // x is multiplied by it (redo only)
-  const void* const* ahead;  // (runs) lines of which the first quarter is fetched into L2 meanwhile, or null
+  const void* const* ahead;  // (runs) lines to fetch into L2 meanwhile, or null
 };
 
 // Normalization of one piece of one statistic.

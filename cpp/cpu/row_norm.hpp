@@ -246,9 +246,10 @@ struct Normalizers {
 };
 
 // Moments of `rows` <= 8 rows of float32 or 16-bit data, one in each lane; beyond: bit r, by double, as piece_moments.
+// ahead: as many rows to fetch, or null.
 template <class T, class V, class D>
 LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t length, int rows, D count,
-                                           unsigned* beyond) {
+                                           const char* const* ahead, unsigned* beyond) {
   const bool in_double = length < kShortRun * V::kLanes;
   const bool single = length <= kSuperblock * V::kLanes;  // superblock, whose pivot is that of the row
   alignas(64) double pivot[8] = {}, moved[8] = {}, moved_square[8] = {};
@@ -265,7 +266,10 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
   }
   for (int r = 0; r < 8; ++r) {
     PivotSums<D> sums = no_sums<D>();
-    if (r < rows) add_run<T, V>(static_cast<const char*>(x[r]), length, pivot[r], first[r], &sums);
+    if (r < rows) {
+      add_run<T, V>(static_cast<const char*>(x[r]), length, pivot[r], first[r], &sums,
+                    ahead == nullptr ? nullptr : ahead[r]);
+    }
     sum[r] = sums.sum;
     square[r] = sums.square;
     spread[r] = sums.spread;
@@ -285,7 +289,7 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
 
 // Normalizers of `rows` <= 8 rows; mean and rstd as saved.
 template <class T, class V, class D>
-LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, int rows,
+LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, int rows, const char* const* ahead,
                                  Normalizers<typename V::Scalar>* normalizers) {
   using S = typename V::Scalar;
   const void* const* x = a.x + first_row;
@@ -310,14 +314,16 @@ LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, in
   if constexpr (sizeof(T) == 8) {
     for (int r = 0; r < rows; ++r) {
       double elements;
-      const Moments<double> m = piece_moments<T, V, D, false>(x + r, 1, length, 1.0, &elements);
+      const void* line = ahead == nullptr ? nullptr : ahead[r];
+      const Moments<double> m =
+          piece_moments<T, V, D, false>(x + r, 1, length, 1.0, &elements, line == nullptr ? nullptr : &line);
       set(r, out_of_range<S>(m.m2 / count, eps) ? redo_row<T, V, D>(x[r], length, m.m2 / count, eps)
                                                 : finish<S>(m, count, eps));
     }
   } else {
     unsigned beyond;
     const D n = D::broadcast(count);
-    const Moments<D> m = moments_of_rows<T, V>(x, length, rows, n, &beyond);
+    const Moments<D> m = moments_of_rows<T, V>(x, length, rows, n, ahead, &beyond);
     const Finished<D> f = finish<S>(m, n, D::broadcast(eps), D::broadcast(1.0));  // divisions and a root for all
     f.mean.template store<S>(mean, rows);
     f.rstd.template store<S>(rstd, rows);
@@ -347,6 +353,9 @@ inline constexpr std::int64_t kGroupBytes = 16384;
 // The rows that are fetched while a group is streamed begin at least so many bytes after it: memory answers no sooner.
 // The group next to it (512 bytes to 6 KB) came too late: 65537 x 100 3.9 -> 2.8 ms, 100352 x 96 5.8 -> 3.8,
 // 1048576 x 64 32.6 -> 27.2; 4, 12 and 20 KB took 1.01, 0.99 and 1.04 of that time, medians of six shapes.
+//   They are fetched while the moments of this group are computed and again while it is written. 8192 x 1024,
+// 8192 x 1600 and 2048 x 4096 took, with the first alone, 0.96, 0.94 and 0.89 of the time with the second alone; with
+// both 0.66, 0.66 and 0.83; 4096 x 768 float64 0.68. (Rows below kShortRun gain nothing.)
 inline constexpr std::int64_t kRowsAhead = 8192;
 
 // weight and bias of a row: its own (BN), or those of the elements (LN).
@@ -376,7 +385,8 @@ LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row)
   for (std::int64_t first = 0; first < a.rows; first += group) {
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
     Normalizers<typename V::Scalar> normalizers;
-    finish_rows<T, V, D>(a, first, rows, &normalizers);
+    const bool whole_group = a.prefetch && first + ahead_rows + rows <= a.rows;
+    finish_rows<T, V, D>(a, first, rows, whole_group ? x + first + ahead_rows : nullptr, &normalizers);
     char* table[8];
     char* const* y = stage.lines(a.y + first, rows, table);
     const bool stream = a.stream && y != table;

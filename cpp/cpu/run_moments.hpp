@@ -49,21 +49,22 @@ LANENORM_INLINE typename V::Scalar sampled_pivot(const char* x, std::int64_t vec
   return coarse_pivot(x0, (a + b).fold() * kInverse, (abs(a) + abs(b)).fold() * kInverse * kPivotGrain<S>);
 }
 
-// Sums of a superblock about its pivot. ahead: for every 4 lines of x one is fetched from there on, which it moves; or
-// null.
+// `bytes` from *ahead on, which moves on, are fetched into L2; or it is null.
+LANENORM_INLINE void fetch_ahead(std::int64_t bytes, const char** ahead) {
+  if (*ahead == nullptr) return;
+  LANENORM_UNROLL
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(*ahead + i, 0, 2);
+  *ahead += bytes;
+}
+
+// Sums of a superblock about its pivot. As much is fetched from *ahead on.
 template <class T, class V>
 LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, V pivot, const char** ahead) {
   constexpr std::int64_t kLanes = V::kLanes, kVectorBytes = kLanes * static_cast<std::int64_t>(sizeof(T));
   LaneSums<V> lanes{V::zero(), V::zero()}, odd{V::zero(), V::zero()};
   const auto next = [&](auto n) LANENORM_LAMBDA_INLINE {
     constexpr int N = decltype(n)::value;
-    if (N == kBlock && *ahead != nullptr) {
-      LANENORM_UNROLL
-      for (std::int64_t line = 0; line < kBlock * kVectorBytes / 64 / 4; ++line) {
-        __builtin_prefetch(*ahead + line * 64, 0, 2);
-      }
-      *ahead += kBlock * kVectorBytes / 4;
-    }
+    fetch_ahead(N * kVectorBytes, ahead);
     V d[N];
     LANENORM_UNROLL
     for (int i = 0; i < N; ++i) d[i] = load<T, V>(x + i * kVectorBytes, Full{}) - pivot;
@@ -85,6 +86,7 @@ LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, 
   if (length & kLanes) add(&odd, next(Count<1>{}));
   if (length % kLanes != 0) {
     const Part part{static_cast<int>(length % kLanes)};
+    fetch_ahead(part.lanes * static_cast<std::int64_t>(sizeof(T)), ahead);
     const V d = keep_part(load<T, V>(x, part) - pivot, part);
     odd.sum = odd.sum + d;
     odd.square = fma(d, d, odd.square);
@@ -99,7 +101,8 @@ LANENORM_INLINE std::int64_t first_vectors(std::int64_t length) {
   return length < kSuperblock * V::kLanes ? length / V::kLanes : kSuperblock;
 }
 
-// A run joins the sums about `pivot`. first: sampled_pivot(x) if the run has a full vector. ahead: as above.
+// A run joins the sums about `pivot`. first: sampled_pivot(x) if the run has a full vector. ahead: a run to fetch into
+// L2 meanwhile, or null.
 template <class T, class V, class D>
 LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, typename V::Scalar first,
                              PivotSums<D>* sums, const char* ahead = nullptr) {
@@ -200,7 +203,7 @@ template <class V, class D, class X>
 using PieceTree = MomentsTree<16>;
 
 template <class V, bool kScaled>
-LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, PieceTree* tree) {
+LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, PieceTree* tree, const char* ahead) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes;
   using X = Adjacent<double, V, kScaled>;
   const X whole{x, scale};
@@ -211,6 +214,7 @@ LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, 
     const Extent next_e = extent_of<V>(next + kElements <= length ? kElements : length - next);
     double next_pivot = 0.0;  // started before the superblock, as in add_run
     if (next < length) next_pivot = superblock_pivot<V>(whole.from(next / V::kLanes), next_e);
+    fetch_ahead(e.elements * 8, &ahead);
     tree->push(superblock_moments<V, V>(whole.from(i / V::kLanes), e, pivot), static_cast<double>(e.elements));
     i = next;
     e = next_e;
@@ -218,7 +222,7 @@ LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, 
   }
 }
 
-// kWide: in double throughout, x scaled (float64): for statistics out of range. ahead: (runs) as above, float32; or
+// kWide: in double throughout, x scaled (float64): for statistics out of range. ahead: (runs) to fetch meanwhile; or
 // null.
 template <class T, class V, class D, bool kWide>
 [[gnu::noinline]] Moments<double> piece_moments(const void* const* x, std::int64_t runs, std::int64_t length,
@@ -226,7 +230,8 @@ template <class T, class V, class D, bool kWide>
   if constexpr (sizeof(T) == 8) {
     PieceTree tree;
     for (std::int64_t run = 0; run < runs; ++run) {
-      push_run<D, kWide>(static_cast<const char*>(x[run]), length, scale, &tree);
+      push_run<D, kWide>(static_cast<const char*>(x[run]), length, scale, &tree,
+                         ahead == nullptr ? nullptr : static_cast<const char*>(ahead[run]));
     }
     return tree.total(count);
   } else {
