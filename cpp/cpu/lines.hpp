@@ -178,6 +178,16 @@ LANENORM_INLINE std::int64_t common_head(char* const* rows, std::int64_t count, 
   return head < length ? head : -1;
 }
 
+// f(element index, Full or Part, stream) over the vectors of lines that are written together. head: common_head() of
+// them, from where on they are streamed; -1: not at all.
+template <class V, class F>
+LANENORM_INLINE void for_vectors_streamed(std::int64_t head, std::int64_t length, F&& f) {
+  if (head > 0) for_vectors<V>(head, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE { f(i, part, false); });
+  const std::int64_t begin = head > 0 ? head : 0;
+  for_vectors<V>(length - begin,
+                 [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE { f(begin + i, part, head >= 0); });
+}
+
 // Writing a line y of f(element index, Full or Part): up to its first cache line, and the rest from element i on.
 // Where vectors begin changes no element. Returns the first element not yet written.
 template <class T, class V, class F>
