@@ -1,5 +1,7 @@
 """Large outputs are written past the caches: same bits as in place and at any address, nothing beside them touched."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -71,20 +73,29 @@ def test_layer_norm_large_outputs_have_the_same_bits_everywhere(isa, n, dtype):
     check_places(lambda out: lanenorm.layer_norm_backward(dy, x, mean, rstd, w, out=out).dx, x, backward_in_place)
 
 
-@pytest.mark.parametrize("inner", [(3, 700, 701), (40, 28, 28), (64, 7, 7), (30, 7, 7), (90, 2, 3), (256,)], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_batch_norm_large_outputs_have_the_same_bits_everywhere(isa, inner, channels_last):
+@pytest.mark.parametrize(
+    ("inner", "channels_last", "dtype"),
+    [
+        *itertools.product(
+            [(3, 700, 701), (40, 28, 28), (64, 7, 7), (30, 7, 7), (90, 2, 3), (256,)], [False, True], ["float32"]
+        ),
+        ((256,), False, "float16"),  # more than a vector before the first cache line
+        ((256,), False, "float64"),
+    ],
+    ids=str,
+)
+def test_batch_norm_large_outputs_have_the_same_bits_everywhere(isa, inner, channels_last, dtype):
     if isa == "portable" and inner != (30, 7, 7):
         pytest.skip("slow")
     rng = np.random.default_rng(len(inner))
-    x = (rng.standard_normal(large_shape(inner, 4)) + 3).astype(np.float32)
+    x = (rng.standard_normal(large_shape(inner, np.dtype(dtype).itemsize)) + 3).astype(dtype)
     if channels_last:
         x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
-    dy = (x - 3) * np.float32(0.5)
+    dy = (x - x.dtype.type(3)) * x.dtype.type(0.5)
     channels = inner[0]
-    w, b = rng.standard_normal((2, channels)).astype(np.float32)
+    w, b = rng.standard_normal((2, channels)).astype(dtype)
     _, mean, rstd = lanenorm.batch_norm_forward(x, w, b)
-    var = (1 / rstd**2).astype(np.float32)
+    var = 1 / rstd**2
 
     def copied(array, operation):
         z = array.copy(order="K")

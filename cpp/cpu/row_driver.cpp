@@ -151,8 +151,8 @@ class RowDriver {
   // nothing but read in between. So x of the next one is fetched meanwhile, and while the moments of this one are
   // computed. In copies, forward 32 x 256 x 56 x 56: 1.9 where a quarter of it is fetched while y is written, 1.4 where
   // all, 1.3 with both; 32 x 512 x 28 x 28 3.0 and 1.8. Backward with nothing fetched, and with x and dy:
-  // 8 x 256 x 56 x 56 1.8 and 1.3, 32 x 512 x 28 x 28 1.7 and 1.5. Where two statistics do not fit L2 fetching during
-  // the moments gains nothing (32 x 64 x 112 x 112, 1.6 MB each).
+  // 8 x 256 x 56 x 56 1.8 and 1.3, 32 x 512 x 28 x 28 1.7 and 1.5. Where two statistics do not fit L2 a quarter of
+  // it, fetched during the moments, gained nothing (32 x 64 x 112 x 112, 1.6 MB each).
 
   static constexpr std::int64_t kNone = -1;
   static constexpr std::int64_t kL2Bytes = 1 << 20;  // of Zen 4

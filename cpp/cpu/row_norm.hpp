@@ -249,7 +249,7 @@ struct Normalizers {
 // ahead: as many rows to fetch, or null.
 template <class T, class V, class D>
 LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t length, int rows, D count,
-                                           const char* const* ahead, unsigned* beyond) {
+                                           const void* const* ahead, unsigned* beyond) {
   const bool in_double = length < kShortRun * V::kLanes;
   const bool single = length <= kSuperblock * V::kLanes;  // superblock, whose pivot is that of the row
   alignas(64) double pivot[8] = {}, moved[8] = {}, moved_square[8] = {};
@@ -268,7 +268,7 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
     PivotSums<D> sums = no_sums<D>();
     if (r < rows) {
       add_run<T, V>(static_cast<const char*>(x[r]), length, pivot[r], first[r], &sums,
-                    ahead == nullptr ? nullptr : ahead[r]);
+                    ahead == nullptr ? nullptr : static_cast<const char*>(ahead[r]));
     }
     sum[r] = sums.sum;
     square[r] = sums.square;
@@ -289,7 +289,7 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
 
 // Normalizers of `rows` <= 8 rows; mean and rstd as saved.
 template <class T, class V, class D>
-LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, int rows, const char* const* ahead,
+LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, int rows, const void* const* ahead,
                                  Normalizers<typename V::Scalar>* normalizers) {
   using S = typename V::Scalar;
   const void* const* x = a.x + first_row;
@@ -314,9 +314,8 @@ LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, in
   if constexpr (sizeof(T) == 8) {
     for (int r = 0; r < rows; ++r) {
       double elements;
-      const void* line = ahead == nullptr ? nullptr : ahead[r];
       const Moments<double> m =
-          piece_moments<T, V, D, false>(x + r, 1, length, 1.0, &elements, line == nullptr ? nullptr : &line);
+          piece_moments<T, V, D, false>(x + r, 1, length, 1.0, &elements, ahead == nullptr ? nullptr : ahead + r);
       set(r, out_of_range<S>(m.m2 / count, eps) ? redo_row<T, V, D>(x[r], length, m.m2 / count, eps)
                                                 : finish<S>(m, count, eps));
     }
@@ -386,7 +385,7 @@ LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row)
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
     Normalizers<typename V::Scalar> normalizers;
     const bool whole_group = a.prefetch && first + ahead_rows + rows <= a.rows;
-    finish_rows<T, V, D>(a, first, rows, whole_group ? x + first + ahead_rows : nullptr, &normalizers);
+    finish_rows<T, V, D>(a, first, rows, whole_group ? a.x + first + ahead_rows : nullptr, &normalizers);
     char* table[8];
     char* const* y = stage.lines(a.y + first, rows, table);
     const bool stream = a.stream && y != table;
