@@ -372,6 +372,20 @@ struct F32x16 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
+  LANENORM_INLINE static F64x8 fold8(const F32x16* v) {
+    const auto four = [](const F32x16& a, const F32x16& b) {  // lanes 0..3 of a, then of b
+      const __m256 eight_a = _mm256_add_ps(a.v[0], a.v[1]), eight_b = _mm256_add_ps(b.v[0], b.v[1]);
+      return _mm256_castps_pd(_mm256_add_ps(_mm256_permute2f128_ps(eight_a, eight_b, 0x20),
+                                            _mm256_permute2f128_ps(eight_a, eight_b, 0x31)));
+    };
+    const auto two = [&](const F32x16* w) {  // of a, c, b, d
+      const __m256d ab = four(w[0], w[1]), cd = four(w[2], w[3]);
+      return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+    };
+    const __m256 acbd = two(v), egfh = two(v + 4);
+    const __m256 folds = _mm256_add_ps(_mm256_shuffle_ps(acbd, egfh, 0x88), _mm256_shuffle_ps(acbd, egfh, 0xdd));
+    return F64x8::of_floats(_mm256_permutevar8x32_ps(folds, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0)));
+  }
   LANENORM_INLINE F64x8 wide(int part) const { return F64x8::of_floats(v[part]); }
   LANENORM_INLINE static F32x16 narrow(const F64x8* parts) { return {{parts[0].floats(), parts[1].floats()}}; }
 };

@@ -228,6 +228,21 @@ struct F32x16 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
+  LANENORM_INLINE static F64x8 fold8(const F32x16* v) {
+    const auto eight = [](F32x16 a, F32x16 b) {  // lanes 0..7 of a, then of b
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44), _mm512_shuffle_f32x4(a.v, b.v, 0xee));
+    };
+    const auto four = [](__m512 ab, __m512 cd) {
+      return _mm512_castps_pd(_mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd)));
+    };
+    const __m512d abcd = four(eight(v[0], v[1]), eight(v[2], v[3]));
+    const __m512d efgh = four(eight(v[4], v[5]), eight(v[6], v[7]));
+    const __m512 two = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(abcd, efgh)),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(abcd, efgh)));  // of a, e, b, f, c, g, d, h
+    const __m512i order = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 10, 6, 2, 12, 8, 4, 0);
+    const __m512 folds = _mm512_permutexvar_ps(order, _mm512_add_ps(two, _mm512_movehdup_ps(two)));
+    return {_mm512_cvtps_pd(_mm512_castps512_ps256(folds))};
+  }
   LANENORM_INLINE F64x8 wide(int part) const {
     return {_mm512_cvtps_pd(part == 0 ? _mm512_castps512_ps256(v) : _mm512_extractf32x8_ps(v, 1))};
   }

@@ -9,7 +9,7 @@
 //   keep(a, count)             lanes from `count` on become +0
 //   join(a, count, b)          the first `count` lanes of a, the others of b
 //   fold()                     sum of lanes by halving: lane i + lane i + half, and so on
-//   F64x8::fold8(v)            the folds of eight vectors, v[i].fold() in lane i
+//   fold8(v)                   the folds of eight vectors, v[i].fold() in lane i of an F64x8
 //   stream<T>(p)               store<T>(p) past the caches; p a multiple of 64 bytes (of 32 for 16-bit T); other
 //                              threads see it after fence()
 //   wide(part), narrow(parts)  to and from F64x8: part 0 holds lanes 0..7, part 1 lanes 8..15
@@ -153,6 +153,9 @@ struct F32x16 : Lanewise<F32x16, float, 16> {
   static constexpr int kWide = 2;
   LANENORM_INLINE F64x8 wide(int part) const {
     return F64x8::each([&](int i) { return static_cast<double>(lane[8 * part + i]); });
+  }
+  LANENORM_INLINE static F64x8 fold8(const F32x16* v) {
+    return F64x8::each([&](int i) { return static_cast<double>(v[i].fold()); });
   }
   LANENORM_INLINE static F32x16 narrow(const F64x8* parts) {
     return each([&](int i) { return static_cast<float>(parts[i / 8].lane[i % 8]); });

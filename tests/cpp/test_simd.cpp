@@ -197,16 +197,13 @@ void fold_halves() {
   }
 }
 
+template <class V>
 void fold8_folds_each() {
   for (int trial = 0; trial < 3000; ++trial) {
-    Lanes<double> lanes[8];
-    F64x8 vectors[8];
-    for (int i = 0; i < 8; ++i) {
-      lanes[i] = random_lanes<F64x8>();
-      vectors[i] = of<F64x8>(lanes[i]);
-    }
-    const Lanes<double> folds = lanes_of(F64x8::fold8(vectors));
-    for (int i = 0; i < 8; ++i) CHECK(same(folds.v[i], vectors[i].fold()));
+    V vectors[8];
+    for (V& vector : vectors) vector = of<V>(random_lanes<V>());
+    const Lanes<double> folds = lanes_of(V::fold8(vectors));
+    for (int i = 0; i < 8; ++i) CHECK(same(folds.v[i], static_cast<double>(vectors[i].fold())));
   }
 }
 
@@ -446,7 +443,8 @@ int main() {
   }
   check_arithmetic<F32x16>();
   check_arithmetic<F64x8>();
-  fold8_folds_each();
+  fold8_folds_each<F64x8>();
+  fold8_folds_each<F32x16>();
   check_memory<Float16, F32x16>();
   check_memory<BFloat16, F32x16>();
   check_memory<float, F32x16>();
