@@ -76,7 +76,8 @@ LANENORM_INLINE StatisticAffine<S> statistic_affine(const void* weight, const vo
 
 // How the result is written, and what is read meanwhile.
 struct Traffic {
-  bool stream;        // past the caches: y will not be read from them
+  Seam* seam;         // y goes past the caches, as it will not be read from them; or null
+  bool continues;     // the next line of y follows this one
   const char* ahead;  // the line of x that is needed next, fetched into L2 while this one is written; or null
 };
 
@@ -84,10 +85,21 @@ struct Traffic {
 template <class T, class V, class F>
 LANENORM_INLINE void apply_line(const char* x, char* y, std::int64_t length, Traffic traffic, const F& f) {
   constexpr std::int64_t kBytes = sizeof(T);
-  write_line<T, V>(y, length, traffic.stream, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
-    if (traffic.ahead != nullptr) __builtin_prefetch(traffic.ahead + i * kBytes, 0, 2);
+  const auto fetching = [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+    __builtin_prefetch(traffic.ahead + i * kBytes, 0, 2);
     return f(load<T, V>(x + i * kBytes, part), i, part);
-  });
+  };
+  const auto reading = [&](std::int64_t i, auto part)
+                           LANENORM_LAMBDA_INLINE { return f(load<T, V>(x + i * kBytes, part), i, part); };
+  if (traffic.seam == nullptr && traffic.ahead == nullptr) {
+    write_line<T, V>(y, length, false, reading);
+  } else if (traffic.seam == nullptr) {  // y is staged
+    write_line<T, V>(y, length, false, fetching);
+  } else if (traffic.ahead == nullptr) {
+    stream_line<T, V>(y, length, traffic.seam, traffic.continues, reading);
+  } else {
+    stream_line<T, V>(y, length, traffic.seam, traffic.continues, fetching);
+  }
 }
 
 template <class T, class V, bool kWeight, bool kBias>
@@ -190,6 +202,7 @@ void row_apply(const RowApply& a) {
   using S = typename V::Scalar;
   const Normalizer<S>& normalizer = *static_cast<const Normalizer<S>*>(a.normalizer);
   const auto runs = [&](auto affine_of_run) LANENORM_LAMBDA_INLINE {
+    Seam seam;
     ForwardStage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)));
     const std::int64_t group = stage.group();
     for (std::int64_t first = 0; first < a.runs; first += group) {
@@ -198,7 +211,7 @@ void row_apply(const RowApply& a) {
       char* const* y = stage.lines(a.y + first, rows, table);
       for (int r = 0; r < rows; ++r) {
         const std::int64_t run = first + r;
-        const Traffic traffic{a.stream && y != table,
+        const Traffic traffic{a.stream && y != table ? &seam : nullptr, false,
                               a.ahead == nullptr ? nullptr : static_cast<const char*>(a.ahead[run])};
         apply_any<T, V>(static_cast<const char*>(a.x[run]), y[r], a.length, normalizer, affine_of_run(run), traffic);
       }
@@ -381,7 +394,9 @@ LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row)
   const char* const* x = reinterpret_cast<const char* const*>(a.x);
   const std::int64_t group_bytes = group * a.length * static_cast<std::int64_t>(sizeof(T));
   const std::int64_t ahead_rows = group * ((kRowsAhead + group_bytes - 1) / group_bytes);
-  ForwardStage<D> stage(a.stream, a.length * static_cast<std::int64_t>(sizeof(T)), a.y[0]);
+  const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T));
+  ForwardStage<D> stage(a.stream, row_bytes, a.y[0]);
+  Seam seam;
   for (std::int64_t first = 0; first < a.rows; first += group) {
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
     Normalizers<typename V::Scalar> normalizers;
@@ -402,7 +417,9 @@ LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row)
       }
     }
     for (; r < rows; ++r) {
-      const Traffic traffic{stream, ahead(r) == nullptr ? nullptr : ahead(r)[r]};
+      const bool continues =
+          first + r + 1 < a.rows && static_cast<char*>(a.y[first + r]) + row_bytes == a.y[first + r + 1];
+      const Traffic traffic{stream ? &seam : nullptr, continues, ahead(r) == nullptr ? nullptr : ahead(r)[r]};
       apply_any<T, V>(x[first + r], y[r], a.length, normalizers[r], affine_of_row(first + r), traffic);
     }
   }
