@@ -7,6 +7,12 @@
 // reads x and dy once and writes dx (3s), for the same reason. Rows longer than a piece (kPieceVectors) are swept
 // twice by the driver. The order of operations is stated in blocks.hpp.
 //
+// Cost on a Zen 4, AVX-512, which does an addition, a fma and a load of 16 float32 a cycle and stores them in two.
+// Forward in L1: moments 2.25 cycles a vector (their additions), apply 3.5 (3 fma), 90 a row (pivot, folds, division
+// and root): 370 for 768. Backward in L1: sums 3.7 (3 additions and 3 fma), gradient 4.8 (5 fma), 45 a row. Out of L2
+// and L3 reads and writes of memory come on top and do not overlap with all of that: a forward of 1024 x 768 takes 490
+// a row, a copy 240, and with 3 of its 7 operations left out it took 480.
+//
 // T storage, V compute vector, D = F64x8. Longer than 300 lines because forward and backward read as one method.
 #pragma once
 
