@@ -199,12 +199,9 @@ struct Seam {
 // Elements i..end of f(element index, Full or Part) to `to` and what follows it.
 template <class T, class V, class F>
 LANENORM_INLINE void write_elements(char* to, std::int64_t i, std::int64_t end, const F& f) {
-  constexpr std::int64_t kBytes = sizeof(T);
-  for (; i + V::kLanes <= end; i += V::kLanes, to += V::kLanes * kBytes) store<T>(f(i, Full{}), to, Full{});
-  if (i < end) {
-    const Part part{static_cast<int>(end - i)};
-    store<T>(f(i, part), to, part);
-  }
+  for_vectors<V>(end - i, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
+    store<T>(f(i + j, part), to + j * static_cast<std::int64_t>(sizeof(T)), part);
+  });
 }
 
 // A line of y, of f(element index, Full or Part), past the caches. Where vectors begin changes no element. continues:
@@ -214,8 +211,8 @@ LANENORM_INLINE void stream_line(char* y, std::int64_t length, Seam* seam, bool 
   using S = typename V::Scalar;
   constexpr std::int64_t kBytes = sizeof(T), kLine = 64 / kBytes;
   const auto place = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64);
-  std::int64_t i = (64 - place) % 64 / kBytes;
-  if (i > length) i = length;
+  const std::int64_t head = common_head<T>(&y, 1, length);
+  std::int64_t i = head < 0 ? length : head;
   if (i > 0) {
     write_elements<T, V>(seam->open ? seam->line + place : y, 0, i, f);
     if (seam->open) V::template load<S>(seam->line).template stream<S>(y - place);
@@ -233,12 +230,11 @@ LANENORM_INLINE void stream_line(char* y, std::int64_t length, Seam* seam, bool 
   if (i < length) write_elements<T, V>(seam->open ? seam->line : y + i * kBytes, i, length, f);
 }
 
-// A line of y. Ordinary stores may straddle cache lines: a head of their own made them slower.
+// A line of y; seam null: to the cache. Ordinary stores may straddle cache lines: a head of their own made them slower.
 template <class T, class V, class F>
-LANENORM_INLINE void write_line(char* y, std::int64_t length, bool stream, const F& f) {
-  if (stream) {
-    Seam none;
-    stream_line<T, V>(y, length, &none, false, f);
+LANENORM_INLINE void write_line(char* y, std::int64_t length, Seam* seam, bool continues, const F& f) {
+  if (seam != nullptr) {
+    stream_line<T, V>(y, length, seam, continues, f);
   } else {
     for_vectors<V, 2>(length, [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
       store<T>(f(i, part), y + i * static_cast<std::int64_t>(sizeof(T)), part);

@@ -9,9 +9,9 @@
 //
 // Cost on a Zen 4, AVX-512, which does an addition, a fma and a load of 16 float32 a cycle and stores them in two.
 // Forward in L1: moments 2.25 cycles a vector (their additions), apply 3.5 (3 fma), 90 a row (pivot, folds, division
-// and root): 370 for 768. Backward in L1: sums 3.7 (3 additions and 3 fma), gradient 4.8 (5 fma), 45 a row. Out of L2
-// and L3 reads and writes of memory come on top and do not overlap with all of that: a forward of 1024 x 768 takes 490
-// a row, a copy 240, and with 3 of its 7 operations left out it took 480.
+// and root): 370 for 768. Backward in L1: sums 3.8 (3.5 additions and 3 fma), gradient 4.8 (5 fma), 37 a row. Out of L2
+// and L3 the traffic comes on top: a forward of 1024 x 768 takes 490 a row, a copy 240; with 3 of the 7 operations left
+// out it took as long.
 //
 // T storage, V compute vector, D = F64x8. Longer than 300 lines because forward and backward read as one method.
 #pragma once
@@ -91,20 +91,16 @@ struct Traffic {
 template <class T, class V, class F>
 LANENORM_INLINE void apply_line(const char* x, char* y, std::int64_t length, Traffic traffic, const F& f) {
   constexpr std::int64_t kBytes = sizeof(T);
-  const auto fetching = [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
-    __builtin_prefetch(traffic.ahead + i * kBytes, 0, 2);
-    return f(load<T, V>(x + i * kBytes, part), i, part);
-  };
   const auto reading = [&](std::int64_t i, auto part)
                            LANENORM_LAMBDA_INLINE { return f(load<T, V>(x + i * kBytes, part), i, part); };
-  if (traffic.seam == nullptr && traffic.ahead == nullptr) {
-    write_line<T, V>(y, length, false, reading);
-  } else if (traffic.seam == nullptr) {  // y is staged
-    write_line<T, V>(y, length, false, fetching);
-  } else if (traffic.ahead == nullptr) {
-    stream_line<T, V>(y, length, traffic.seam, traffic.continues, reading);
+  const auto fetching = [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
+    __builtin_prefetch(traffic.ahead + i * kBytes, 0, 2);
+    return reading(i, part);
+  };
+  if (traffic.ahead == nullptr) {
+    write_line<T, V>(y, length, traffic.seam, traffic.continues, reading);
   } else {
-    stream_line<T, V>(y, length, traffic.seam, traffic.continues, fetching);
+    write_line<T, V>(y, length, traffic.seam, traffic.continues, fetching);
   }
 }
 
@@ -698,6 +694,7 @@ void row_gradient(const RowGradient& a) {
     const Gradients<V> k(*constants);
     constexpr std::int64_t kBytes = sizeof(T);
     const V one = V::broadcast(S(1));
+    Seam seam;
     BackwardStage<D> stage(a.stream, a.length * kBytes);
     const std::int64_t group = stage.group();
     for (std::int64_t first = 0; first < a.rows; first += group) {
@@ -710,7 +707,7 @@ void row_gradient(const RowGradient& a) {
         const bool fetch = a.ahead_x != nullptr;
         const char* ahead_x = fetch ? static_cast<const char*>(a.ahead_x[first + r]) : nullptr;
         const char* ahead_dy = fetch ? static_cast<const char*>(a.ahead_dy[first + r]) : nullptr;
-        write_line<T, V>(dx[r], a.length, a.stream && dx != table,
+        write_line<T, V>(dx[r], a.length, a.stream && dx != table ? &seam : nullptr, false,
                          [&](std::int64_t i, auto part) LANENORM_LAMBDA_INLINE {
                            if (fetch) {
                              __builtin_prefetch(ahead_x + i * kBytes, 0, 2);
