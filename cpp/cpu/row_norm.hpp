@@ -261,6 +261,11 @@ struct Normalizers {
   }
 };
 
+// Rows beside which no others are fetched are fetched themselves, so many bytes ahead. NumPy's arrays start 16 bytes
+// behind a cache line, and a vector that lies in two lines waits for both: 1024 x 768 144 -> 136 us (127 where x starts
+// on a cache line), 2048 x 512 205 -> 181, 4096 x 192 192 -> 184. 1 KB and 4 KB gain less, 16-bit rows nothing.
+inline constexpr std::int64_t kNear = 2048;
+
 // Moments of `rows` <= 8 rows of float32 or 16-bit data, one in each lane; beyond: bit r, by double, as piece_moments.
 // ahead: as many rows to fetch, or null.
 template <class T, class V, class D>
@@ -283,8 +288,10 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
   for (int r = 0; r < 8; ++r) {
     PivotSums<D> sums = no_sums<D>();
     if (r < rows) {
-      add_run<T, V>(static_cast<const char*>(x[r]), length, pivot[r], first[r], &sums,
-                    ahead == nullptr ? nullptr : static_cast<const char*>(ahead[r]));
+      const char* p = static_cast<const char*>(x[r]);
+      const Fetching fetch =
+          ahead == nullptr ? Fetching{p + kNear, true} : Fetching{static_cast<const char*>(ahead[r]), false};
+      add_run<T, V>(p, length, pivot[r], first[r], &sums, fetch);
     }
     sum[r] = sums.sum;
     square[r] = sums.square;

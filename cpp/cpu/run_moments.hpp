@@ -49,22 +49,32 @@ LANENORM_INLINE typename V::Scalar sampled_pivot(const char* x, std::int64_t vec
   return coarse_pivot(x0, (a + b).fold() * kInverse, (abs(a) + abs(b)).fold() * kInverse * kPivotGrain<S>);
 }
 
-// `bytes` from *ahead on, which moves on, are fetched into L2; or it is null.
-LANENORM_INLINE void fetch_ahead(std::int64_t bytes, const char** ahead) {
-  if (*ahead == nullptr) return;
-  LANENORM_UNROLL
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(*ahead + i, 0, 2);
-  *ahead += bytes;
-}
+// What is fetched while a run is read: as many bytes from `next` on, which moves on, or nothing where it is null. Into
+// L2 what comes from memory; near: into L1 what the caches hold.
+struct Fetching {
+  const char* next = nullptr;
+  bool near = false;
+  LANENORM_INLINE void operator()(std::int64_t bytes) {
+    if (next == nullptr) return;
+    if (near) {
+      LANENORM_UNROLL
+      for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 3);
+    } else {
+      LANENORM_UNROLL
+      for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+    }
+    next += bytes;
+  }
+};
 
-// Sums of a superblock about its pivot. As much is fetched from *ahead on.
+// Sums of a superblock about its pivot.
 template <class T, class V>
-LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, V pivot, const char** ahead) {
+LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, V pivot, Fetching* fetch) {
   constexpr std::int64_t kLanes = V::kLanes, kVectorBytes = kLanes * static_cast<std::int64_t>(sizeof(T));
   LaneSums<V> lanes{V::zero(), V::zero()}, odd{V::zero(), V::zero()};
   const auto next = [&](auto n) LANENORM_LAMBDA_INLINE {
     constexpr int N = decltype(n)::value;
-    fetch_ahead(N * kVectorBytes, ahead);
+    (*fetch)(N * kVectorBytes);
     V d[N];
     LANENORM_UNROLL
     for (int i = 0; i < N; ++i) d[i] = load<T, V>(x + i * kVectorBytes, Full{}) - pivot;
@@ -86,7 +96,7 @@ LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, 
   if (length & kLanes) add(&odd, next(Count<1>{}));
   if (length % kLanes != 0) {
     const Part part{static_cast<int>(length % kLanes)};
-    fetch_ahead(part.lanes * static_cast<std::int64_t>(sizeof(T)), ahead);
+    (*fetch)(part.lanes * static_cast<std::int64_t>(sizeof(T)));
     const V d = keep_part(load<T, V>(x, part) - pivot, part);
     odd.sum = odd.sum + d;
     odd.square = fma(d, d, odd.square);
@@ -101,11 +111,10 @@ LANENORM_INLINE std::int64_t first_vectors(std::int64_t length) {
   return length < kSuperblock * V::kLanes ? length / V::kLanes : kSuperblock;
 }
 
-// A run joins the sums about `pivot`. first: sampled_pivot(x) if the run has a full vector. ahead: a run to fetch into
-// L2 meanwhile, or null.
+// A run joins the sums about `pivot`. first: sampled_pivot(x) if the run has a full vector. (Short runs fetch nothing.)
 template <class T, class V, class D>
 LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, typename V::Scalar first,
-                             PivotSums<D>* sums, const char* ahead = nullptr) {
+                             PivotSums<D>* sums, Fetching fetch) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes, kBytes = sizeof(T);
   for (bool blocks = length >= kShortRun * V::kLanes; blocks && length >= V::kLanes;) {
     const std::int64_t count = length < kElements ? length : kElements;
@@ -114,7 +123,7 @@ LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, t
     const typename V::Scalar own = first;
     const std::int64_t next = first_vectors<V>(length);
     if (next > 0) first = sampled_pivot<T, V>(x + count * kBytes, next);
-    const LaneSums<V> lanes = superblock_sums<T, V>(x, count, V::broadcast(own), &ahead);
+    const LaneSums<V> lanes = superblock_sums<T, V>(x, count, V::broadcast(own), &fetch);
     add_lanes<V>(lanes, static_cast<double>(count), static_cast<double>(own) - pivot, sums);
     x += count * kBytes;
   }
@@ -203,7 +212,7 @@ template <class V, class D, class X>
 using PieceTree = MomentsTree<16>;
 
 template <class V, bool kScaled>
-LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, PieceTree* tree, const char* ahead) {
+LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, PieceTree* tree, Fetching fetch) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes;
   using X = Adjacent<double, V, kScaled>;
   const X whole{x, scale};
@@ -214,7 +223,7 @@ LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, 
     const Extent next_e = extent_of<V>(next + kElements <= length ? kElements : length - next);
     double next_pivot = 0.0;  // started before the superblock, as in add_run
     if (next < length) next_pivot = superblock_pivot<V>(whole.from(next / V::kLanes), next_e);
-    fetch_ahead(e.elements * 8, &ahead);
+    fetch(e.elements * 8);
     tree->push(superblock_moments<V, V>(whole.from(i / V::kLanes), e, pivot), static_cast<double>(e.elements));
     i = next;
     e = next_e;
@@ -222,7 +231,7 @@ LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, 
   }
 }
 
-// kWide: in double throughout, x scaled (float64): for statistics out of range. ahead: (runs) to fetch meanwhile; or
+// kWide: in double throughout, x scaled (float64): for statistics out of range. ahead: (runs) to fetch meanwhile, or
 // null.
 template <class T, class V, class D, bool kWide>
 [[gnu::noinline]] Moments<double> piece_moments(const void* const* x, std::int64_t runs, std::int64_t length,
@@ -231,7 +240,7 @@ template <class T, class V, class D, bool kWide>
     PieceTree tree;
     for (std::int64_t run = 0; run < runs; ++run) {
       push_run<D, kWide>(static_cast<const char*>(x[run]), length, scale, &tree,
-                         ahead == nullptr ? nullptr : static_cast<const char*>(ahead[run]));
+                         {ahead == nullptr ? nullptr : static_cast<const char*>(ahead[run])});
     }
     return tree.total(count);
   } else {
@@ -246,7 +255,7 @@ template <class T, class V, class D, bool kWide>
       for (std::int64_t run = 0; run < runs; ++run) {
         if (run > 0) first = pivot_of(run);
         add_run<T, V>(static_cast<const char*>(x[run]), length, pivot, first, &sums,
-                      ahead == nullptr ? nullptr : static_cast<const char*>(ahead[run]));
+                      {ahead == nullptr ? nullptr : static_cast<const char*>(ahead[run])});
       }
       const double sum = sums.sum.fold() + sums.moved, square = sums.square.fold() + sums.moved_square;
       const Moments<double> m = moments_about(pivot, sum, square, *count, 0.0);
