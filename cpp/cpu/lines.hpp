@@ -245,12 +245,14 @@ LANENORM_INLINE void write_line(char* y, std::int64_t length, Seam* seam, bool c
 // ---- streaming short rows ----------------------------------------------------------------------------------------
 
 // Rows that do not start on cache lines cannot be streamed side by side. Where they are short and adjacent in y, they
-// are written to L1 first and leave it as whole lines, kBytes at a time: 65537 x 100 float32 100 -> 50 ns a row,
-// copy 30. kRow: bytes of the longest row that is staged. In a forward longer rows go one by one, and where one ends
-// and the next begins by a Seam: 40000 x 150 (600 bytes) 2.9 ms staged, 2.4 so; 65537 x 100 2.8 and 2.9. The 4 rows of
-// a backward are staged longer: 4096 x 1000 10.2 ns a vector, with partial lines at their ends 11.4. Rows of whole
-// lines behind a start beside one (out=) are staged too: 25088 x 192 backward 3.8 -> 2.8 ms, 65536 x 64 forward 4.3
-// -> 2.2.
+// are written to L1 first and leave it as whole lines: 65537 x 100 float32 100 -> 50 ns a row, copy 30. They leave
+// while the sums of the next rows are taken (drain_row), so that memory reads and writes at once, and where nobody
+// drains, when there is no more room: backward of 40000 x 300 7.4 ms in bursts of 14 KB, 5.8 so, 16384 x 500 5.5, 4.1.
+//   kBytes: of what waits. kRow: of the longest row that is staged. In a forward longer rows go one by one, and where
+// one ends and the next begins by a Seam: 40000 x 300 4.3 ms, staged 4.7, 16384 x 500 3.0 and 4.0. The 4 rows of a
+// backward are staged longer. (1 KB of each of the 4 at a time, which takes less of L1: 16384 x 700 6.4 -> 5.6 ms, but
+// 16384 x 500 3.7 -> 4.1, 2048 x 4097 5.2 -> 5.7.) Rows of whole lines behind a start beside one (out=) are staged too:
+// 25088 x 192 backward 3.8 -> 2.8 ms, 65536 x 64 forward 4.3 -> 2.2.
 template <class D, std::int64_t kBytes, std::int64_t kRow>
 class Stage {
  public:
@@ -278,31 +280,53 @@ class Stage {
     for (int r = 0; r + 1 < rows; ++r) {
       if (direct[r + 1] - direct[r] != row_bytes_) return direct;
     }
-    if (filled_ > 0 && (begin_ + filled_ != direct[0] || filled_ + rows * row_bytes_ > kBytes)) flush();
-    if (filled_ == 0) begin_ = direct[0];
-    char* base = buffer_ + reinterpret_cast<std::uintptr_t>(begin_) % 64 + filled_;
-    for (int r = 0; r < rows; ++r) table[r] = base + r * row_bytes_;
-    filled_ += rows * row_bytes_;
+    if (line_ + end_ != direct[0]) {
+      flush();
+      begin_ = end_ = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(direct[0])) % 64;
+      line_ = direct[0] - begin_;
+    } else if (begin_ / 64 == end_ / 64 || end_ + rows * row_bytes_ > kBytes + 64) {
+      drain(kBytes);
+      const std::int64_t whole = end_ / 64 * 64;
+      __builtin_memcpy(buffer_, buffer_ + whole, 64);
+      line_ += whole;
+      begin_ -= whole;
+      end_ -= whole;
+    }
+    for (int r = 0; r < rows; ++r) table[r] = buffer_ + end_ + r * row_bytes_;
+    end_ += rows * row_bytes_;
     return table;
   }
 
+  // As many lines leave as a row has; the last one stays until it is whole.
+  LANENORM_INLINE void drain_row() {
+    if (active_) drain(row_bytes_ / 64 + 1);
+  }
+
  private:
+  LANENORM_INLINE void drain(std::int64_t lines) {
+    for (; lines > 0 && begin_ / 64 < end_ / 64; --lines) {
+      if (begin_ % 64 == 0) {
+        D::template load<double>(buffer_ + begin_).template stream<double>(line_ + begin_);
+        begin_ += 64;
+      } else {
+        write(begin_ / 64 * 64 + 64);
+      }
+    }
+  }
   LANENORM_INLINE void flush() {
-    if (filled_ == 0) return;
-    const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(begin_) % 64);
-    const char* from = buffer_ + offset;
-    std::int64_t i = offset == 0 ? 0 : 64 - offset;
-    if (i > filled_) i = filled_;
-    __builtin_memcpy(begin_, from, static_cast<std::size_t>(i));
-    for (; i + 64 <= filled_; i += 64) D::template load<double>(from + i).template stream<double>(begin_ + i);
-    __builtin_memcpy(begin_ + i, from + i, static_cast<std::size_t>(filled_ - i));
-    filled_ = 0;
+    drain(kBytes);
+    write(end_);
+  }
+  LANENORM_INLINE void write(std::int64_t stop) {
+    if (begin_ < stop) __builtin_memcpy(line_ + begin_, buffer_ + begin_, static_cast<std::size_t>(stop - begin_));
+    begin_ = stop;
   }
 
   bool active_;
-  std::int64_t row_bytes_, filled_ = 0;
-  char* begin_ = nullptr;
-  alignas(64) char buffer_[kBytes + 64];
+  // buffer_[i] belongs to line_[i], and line_ starts a cache line. What waits: begin_ <= i < end_.
+  std::int64_t row_bytes_, begin_ = 0, end_ = 0;
+  char* line_ = nullptr;
+  alignas(64) char buffer_[kBytes + 128];
 };
 
 template <class D>

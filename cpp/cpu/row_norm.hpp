@@ -267,10 +267,10 @@ struct Normalizers {
 inline constexpr std::int64_t kNear = 2048;
 
 // Moments of `rows` <= 8 rows of float32 or 16-bit data, one in each lane; beyond: bit r, by double, as piece_moments.
-// ahead: as many rows to fetch, or null.
+// ahead: as many rows to fetch, or null. y of the rows before leaves the stage meanwhile.
 template <class T, class V, class D>
 LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t length, int rows, D count,
-                                           const void* const* ahead, unsigned* beyond) {
+                                           const void* const* ahead, ForwardStage<D>* stage, unsigned* beyond) {
   const bool in_double = length < kShortRun * V::kLanes;
   const bool single = length <= kSuperblock * V::kLanes;  // superblock, whose pivot is that of the row
   alignas(64) double pivot[8] = {}, moved[8] = {}, moved_square[8] = {};
@@ -298,6 +298,7 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
     spread[r] = sums.spread;
     moved[r] = sums.moved;
     moved_square[r] = sums.moved_square;
+    stage->drain_row();
   }
   D total = D::fold8(sum), squares = D::fold8(square);
   if (!single) {
@@ -313,7 +314,7 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
 // Normalizers of `rows` <= 8 rows; mean and rstd as saved.
 template <class T, class V, class D>
 LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, int rows, const void* const* ahead,
-                                 Normalizers<typename V::Scalar>* normalizers) {
+                                 ForwardStage<D>* stage, Normalizers<typename V::Scalar>* normalizers) {
   using S = typename V::Scalar;
   const void* const* x = a.x + first_row;
   const std::int64_t length = a.length;
@@ -341,11 +342,12 @@ LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, in
           piece_moments<T, V, D, false>(x + r, 1, length, 1.0, &elements, ahead == nullptr ? nullptr : ahead + r);
       set(r, out_of_range<S>(m.m2 / count, eps) ? redo_row<T, V, D>(x[r], length, m.m2 / count, eps)
                                                 : finish<S>(m, count, eps));
+      stage->drain_row();
     }
   } else {
     unsigned beyond;
     const D n = D::broadcast(count);
-    const Moments<D> m = moments_of_rows<T, V>(x, length, rows, n, ahead, &beyond);
+    const Moments<D> m = moments_of_rows<T, V>(x, length, rows, n, ahead, stage, &beyond);
     const Finished<D> f = finish<S>(m, n, D::broadcast(eps), D::broadcast(1.0));  // divisions and a root for all
     f.mean.template store<S>(mean, rows);
     f.rstd.template store<S>(rstd, rows);
@@ -410,7 +412,7 @@ LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row)
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
     Normalizers<typename V::Scalar> normalizers;
     const bool whole_group = a.prefetch && first + ahead_rows + rows <= a.rows;
-    finish_rows<T, V, D>(a, first, rows, whole_group ? a.x + first + ahead_rows : nullptr, &normalizers);
+    finish_rows<T, V, D>(a, first, rows, whole_group ? a.x + first + ahead_rows : nullptr, &stage, &normalizers);
     char* table[8];
     char* const* y = stage.lines(a.y + first, rows, table);
     const bool stream = a.stream && y != table;
@@ -451,9 +453,9 @@ void row_forward(const RowForward& a) {
 
 // What is fetched where dx is streamed. Writing dx interrupts both streams, and the processor takes a while to follow
 // them again: 25088 x 192 1.65 -> 1.15 times 1.5 copies, 4096 x 4096 1.25 -> 1.15; 4 to 12 KB ahead are alike. Of rows
-// of 512 bytes to 3 KB only x is fetched by the sums, and dy while dx is written, so that memory is never idle:
-// 25088 x 192 7.3 -> 6.1 ns a vector, 4096 x 768 6.2 -> 5.4; others lose by it, 8192 x 1600 8.5 -> 8.9, rows that are
-// staged (4096 x 1000) 8.9 -> 9.6.
+// of 512 bytes to 3 KB only x is fetched by the sums, and dy while dx is written or staged, so that memory is never
+// idle: 25088 x 192 7.3 -> 6.1 ns a vector, 4096 x 768 6.2 -> 5.4, 16384 x 500 8.1 -> 7.4; others lose by it, 8192 x
+// 1600 8.5 -> 8.9.
 enum class Fetch { none, x, both };
 inline constexpr std::int64_t kAhead = 6144;
 inline constexpr std::int64_t kFarAhead = 12288;  // beyond the rows that are being written
@@ -573,13 +575,15 @@ struct Gradients {
         factor(V::broadcast(c.factor)) {}
 };
 
-// Whether dx stays in cache or goes past it, and whether dy is fetched meanwhile.
-enum class Writing { cached, streamed, streamed_and_fetched };
+// Whether dx goes past the caches, and whether dy is fetched while it is written.
+struct Writing {
+  bool stream, fetch;
+};
 
 // Elements begin..end of dx of N rows: kRowBlock or one; with kParameters the sums over the rows of dy * xhat and dy
 // are added to sum_dweight and sum_dbias, or with `fresh` begin there. Pointers are copied to where no store can change
 // them.
-template <int N, class T, class V, bool kWeight, bool kParameters, Writing kWriting>
+template <int N, class T, class V, bool kWeight, bool kParameters, bool kStream, bool kFetchDy>
 LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_, char* const* dx_, std::int64_t begin,
                                    std::int64_t end, const typename V::Scalar* weight,
                                    const GradientConstants<typename V::Scalar>* c, typename V::Scalar* sum_dweight,
@@ -609,14 +613,14 @@ LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_
     // All loads before the stores: rows a multiple of 4 KB apart would make each load wait for the store before it.
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if constexpr (kWriting == Writing::streamed_and_fetched) __builtin_prefetch(dy[r] + i * kBytes + kFarAhead, 0, 2);
+      if constexpr (kFetchDy) __builtin_prefetch(dy[r] + i * kBytes + kFarAhead, 0, 2);
       g[r] = load<T, V>(dy[r] + i * kBytes, part);
       xhat[r] = normalize(load<T, V>(x[r] + i * kBytes, part), k[r].mean, k[r].rstd, k[r].shift);
     }
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       write<T>(input_gradient(g[r], w, xhat[r], k[r].minus_mean_g, k[r].minus_mean_gx, k[r].factor), dx[r] + i * kBytes,
-               part, kWriting != Writing::cached);
+               part, kStream);
     }
     if constexpr (kParameters) {
       char* pw = reinterpret_cast<char*>(sum_dweight + i);
@@ -646,29 +650,27 @@ template <class T, class V, class D, bool kWeight, bool kParameters>
   S* sum_dweight = static_cast<S*>(a.sum_dweight);
   S* sum_dbias = static_cast<S*>(a.sum_dbias);
   const bool fresh = (a.done + first) % kFlushRows == 0;
-  const auto elements = [&](auto how, std::int64_t begin, std::int64_t end) LANENORM_LAMBDA_INLINE {
-    constexpr Writing kWriting = static_cast<Writing>(decltype(how)::value);
-    // Rows that are not summed gain nothing by each other, and the constants of 4 do not fit the registers of AVX2: BN
-    // of 1 x 1024 x 14 x 14 77 -> 63 us. (AVX-512, which holds them: 1 x 512 x 28 x 28 loses 6 % one by one.)
-    if ((kParameters || V::kRegisters == 1) && rows == kRowBlock) {
-      gradient_rows<kRowBlock, T, V, kWeight, kParameters, kWriting>(x, dy, dx, begin, end, w, constants, sum_dweight,
-                                                                     sum_dbias, fresh);
-    } else {
-      for (std::int64_t r = 0; r < rows; ++r) {
-        gradient_rows<1, T, V, kWeight, kParameters, kWriting>(x + r, dy + r, dx + r, begin, end, w, constants + r,
-                                                               sum_dweight, sum_dbias, fresh && r == 0);
+  const auto elements = [&](auto stream, std::int64_t begin, std::int64_t end) LANENORM_LAMBDA_INLINE {
+    const auto fetched = [&](auto fetch) LANENORM_LAMBDA_INLINE {
+      constexpr bool kStream = decltype(stream)::value, kFetchDy = decltype(fetch)::value;
+      // Rows that are not summed gain nothing by each other, and the constants of 4 do not fit the registers of AVX2:
+      // BN of 1 x 1024 x 14 x 14 77 -> 63 us. (AVX-512, which holds them: 1 x 512 x 28 x 28 loses 6 % one by one.)
+      if ((kParameters || V::kRegisters == 1) && rows == kRowBlock) {
+        gradient_rows<kRowBlock, T, V, kWeight, kParameters, kStream, kFetchDy>(x, dy, dx, begin, end, w, constants,
+                                                                                sum_dweight, sum_dbias, fresh);
+      } else {
+        for (std::int64_t r = 0; r < rows; ++r) {
+          gradient_rows<1, T, V, kWeight, kParameters, kStream, kFetchDy>(x + r, dy + r, dx + r, begin, end, w,
+                                                                          constants + r, sum_dweight, sum_dbias,
+                                                                          fresh && r == 0);
+        }
       }
-    }
+    };
+    writing.fetch ? fetched(std::true_type{}) : fetched(std::false_type{});
   };
-  const std::int64_t head = writing == Writing::cached ? a.length : common_head<T>(dx, rows, a.length);
-  if (head != 0) elements(Count<static_cast<int>(Writing::cached)>{}, 0, head < 0 ? a.length : head);
-  if (head >= 0 && head < a.length) {
-    if (writing == Writing::streamed) {
-      elements(Count<static_cast<int>(Writing::streamed)>{}, head, a.length);
-    } else {
-      elements(Count<static_cast<int>(Writing::streamed_and_fetched)>{}, head, a.length);
-    }
-  }
+  const std::int64_t head = writing.stream ? common_head<T>(dx, rows, a.length) : -1;
+  if (head != 0) elements(std::false_type{}, 0, head < 0 ? a.length : head);
+  if (head >= 0) elements(std::true_type{}, head, a.length);
   if constexpr (kParameters) {
     const bool end = a.last && first + rows == a.rows;
     if (a.dweight != nullptr && (end || (a.done + first + kRowBlock) % kFlushRows == 0)) {
@@ -733,15 +735,17 @@ void row_gradient(const RowGradient& a) {
     for (std::int64_t first = 0; first < a.rows; first += kRowBlock) {
       const std::int64_t rows = a.rows - first < kRowBlock ? a.rows - first : kRowBlock;
       gradient(a, first, rows, constants + first, reinterpret_cast<char* const*>(a.dx) + first,
-               a.stream ? Writing::streamed : Writing::cached);
+               {a.stream, false});
     }
   });
   if (a.stream) fence();
 }
 
-// Sums of `rows` <= 8 rows, one in each lane; the others are 0. kUnwidened: folds_unwidened().
+// Sums of `rows` <= 8 rows, one in each lane; the others are 0. dx of the rows before leaves the stage meanwhile.
+// kUnwidened: folds_unwidened().
 template <class T, class V, class D, bool kWeight, Fetch kFetch, bool kUnwidened>
-[[gnu::noinline]] GradientLanes<D> sums_of_rows(const RowBackward& a, std::int64_t first, int rows) {
+[[gnu::noinline]] GradientLanes<D> sums_of_rows(const RowBackward& a, std::int64_t first, int rows,
+                                                BackwardStage<D>* stage) {
   using L = std::conditional_t<kUnwidened, V, D>;
   using S = typename V::Scalar;
   const char* const* x = reinterpret_cast<const char* const*>(a.x) + first;
@@ -763,12 +767,13 @@ template <class T, class V, class D, bool kWeight, Fetch kFetch, bool kUnwidened
     g[r] = sums.g;
     gt[r] = sums.gt;
     t[r] = sums.t;
+    if constexpr (kFetch != Fetch::none) stage->drain_row();  // else nothing is streamed
   }
   return {L::fold8(g), L::fold8(gt), L::fold8(t)};
 }
 
 template <class D>
-using SumRows = GradientLanes<D> (*)(const RowBackward& a, std::int64_t first, int rows);
+using SumRows = GradientLanes<D> (*)(const RowBackward& a, std::int64_t first, int rows, BackwardStage<D>* stage);
 
 // sums_of_rows for what there is to read.
 template <class T, class V, class D, bool kWeight, bool kUnwidened>
@@ -818,7 +823,7 @@ void row_backward(const RowBackward& a) {
   const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T));
   const std::int64_t group = 2 * 8 * row_bytes <= kGroupBytes ? 8 : kRowBlock;
   BackwardStage<D> stage(a.stream, row_bytes, a.dx[0]);
-  const bool split = a.stream && !stage.active() && row_bytes >= 512 && group * row_bytes <= kFarAhead;
+  const bool split = a.stream && row_bytes >= 512 && group * row_bytes <= kFarAhead;
   const auto sum = sums_of_rows_for<T, V, D>(a.weight != nullptr && !a.per_row, a.length,
                                              !a.stream ? Fetch::none
                                              : split   ? Fetch::x
@@ -842,12 +847,10 @@ void row_backward(const RowBackward& a) {
   with_gradient_block<T, V, D>(block, [&](auto gradient) {
     for (std::int64_t first = 0; first < a.rows; first += group) {
       const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
-      finish_gradients<T, V, D>(a, first, rows, sum(a, first, rows), constants);
+      finish_gradients<T, V, D>(a, first, rows, sum(a, first, rows, &stage), constants);
       char* table[8];
       char* const* dx = stage.lines(a.dx + first, rows, table);
-      const Writing writing = !a.stream || dx == table ? Writing::cached
-                              : split                  ? Writing::streamed_and_fetched
-                                                       : Writing::streamed;
+      const Writing writing{a.stream && dx != table, split};
       for (int r = 0; r < rows; r += kRowBlock) {
         gradient(block, first + r, rows - r < kRowBlock ? rows - r : kRowBlock, constants + r, dx + r, writing);
       }
