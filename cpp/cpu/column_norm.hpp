@@ -30,7 +30,7 @@
 #include "core/moments.hpp"
 #include "cpu/blocks.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/lines.hpp"
+#include "cpu/streams.hpp"
 
 namespace lanenorm {
 inline namespace LANENORM_ISA {

@@ -29,7 +29,7 @@
 #include "core/formulas.hpp"
 #include "cpu/blocks.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/lines.hpp"
+#include "cpu/streams.hpp"
 
 namespace lanenorm {
 inline namespace LANENORM_ISA {

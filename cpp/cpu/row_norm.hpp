@@ -22,8 +22,8 @@
 #include "core/formulas.hpp"
 #include "core/moments.hpp"
 #include "cpu/kernels.hpp"
-#include "cpu/lines.hpp"
 #include "cpu/run_moments.hpp"
+#include "cpu/streams.hpp"
 
 namespace lanenorm {
 inline namespace LANENORM_ISA {
