@@ -466,11 +466,16 @@ struct GradientLanes {
   L g, gt, t;
 };
 
+struct Nothing {
+  LANENORM_INLINE void operator()() const {}
+};
+
 // The elements start..stop of a line, at most kSuperblock vectors: trees of 8, then what is left one by one.
-template <class T, class V, bool kWeight, Fetch kFetch>
+// meanwhile(): what else is done beside each 8.
+template <class T, class V, bool kWeight, Fetch kFetch, class M>
 LANENORM_INLINE GradientLanes<V> superblock_gradient_sums(const char* x, const char* dy,
                                                           const typename V::Scalar* weight, std::int64_t start,
-                                                          std::int64_t stop, V mean, V rstd) {
+                                                          std::int64_t stop, V mean, V rstd, const M& meanwhile) {
   using S = typename V::Scalar;
   constexpr std::int64_t kLanes = V::kLanes;
   constexpr std::int64_t kBytes = sizeof(T);
@@ -493,6 +498,7 @@ LANENORM_INLINE GradientLanes<V> superblock_gradient_sums(const char* x, const c
     sums.g = sums.g + tree<kBlock>(g);
     sums.gt = sums.gt + tree_of_products<kBlock>(g, t);
     sums.t = sums.t + tree<kBlock>(t);
+    meanwhile();
   }
   const auto add = [&](std::int64_t at, auto part) LANENORM_LAMBDA_INLINE {
     V g, t;
@@ -515,14 +521,14 @@ LANENORM_INLINE bool folds_unwidened(std::int64_t length) {
 }
 
 // A line joins the sums: lanes of its superblocks go to double.
-template <class T, class V, class D, bool kWeight, Fetch kFetch>
+template <class T, class V, class D, bool kWeight, Fetch kFetch, class M>
 LANENORM_INLINE void add_line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
-                                   V mean, V rstd, GradientLanes<D>* total) {
+                                   V mean, V rstd, const M& meanwhile, GradientLanes<D>* total) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes;
   for (std::int64_t start = 0; start < length; start += kElements) {
     const std::int64_t stop = length < start + kElements ? length : start + kElements;
     const GradientLanes<V> sums =
-        superblock_gradient_sums<T, V, kWeight, kFetch>(x, dy, weight, start, stop, mean, rstd);
+        superblock_gradient_sums<T, V, kWeight, kFetch>(x, dy, weight, start, stop, mean, rstd, meanwhile);
     LANENORM_UNROLL
     for (int part = 0; part < V::kWide; ++part) {
       total->g = total->g + sums.g.wide(part);
@@ -541,13 +547,13 @@ LANENORM_INLINE PieceSums sums_of_runs(const RowSums& a) {
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy);
   if (a.runs == 1 && folds_unwidened<V>(a.length)) {
     const GradientLanes<V> sums =
-        superblock_gradient_sums<T, V, kWeight, kFetch>(x[0], dy[0], weight, 0, a.length, mean, rstd);
+        superblock_gradient_sums<T, V, kWeight, kFetch>(x[0], dy[0], weight, 0, a.length, mean, rstd, Nothing{});
     return {sums.g.fold(), sums.gt.fold(), sums.t.fold()};
   }
   GradientLanes<D> total{D::zero(), D::zero(), D::zero()};
   for (std::int64_t run = 0; run < a.runs; ++run) {
     add_line_sums<T, V, D, kWeight, kFetch>(x[run], dy[run], kWeight ? weight + run * a.length : nullptr, a.length,
-                                            mean, rstd, &total);
+                                            mean, rstd, Nothing{}, &total);
   }
   return {total.g.fold(), total.gt.fold(), total.t.fold()};
 }
@@ -753,21 +759,25 @@ template <class T, class V, class D, bool kWeight, Fetch kFetch, bool kUnwidened
   const S* mean = static_cast<const S*>(a.mean) + first;
   const S* rstd = static_cast<const S*>(a.rstd) + first;
   const S* weight = static_cast<const S*>(a.weight);
+  const auto drain = [&]() LANENORM_LAMBDA_INLINE {
+    if constexpr (kFetch != Fetch::none) stage->drain(kBlock);  // else nothing is streamed
+  };
   L g[8], gt[8], t[8];
   for (int r = 0; r < 8; ++r) {
     GradientLanes<L> sums{L::zero(), L::zero(), L::zero()};
     if (r < rows) {
       const V m = V::broadcast(mean[r]), s = V::broadcast(rstd[r]);
       if constexpr (kUnwidened) {
-        sums = superblock_gradient_sums<T, V, kWeight, kFetch>(x[r], dy[r], weight, 0, a.length, m, s);
+        sums =
+            superblock_gradient_sums<T, V, kWeight, kFetch>(x[r], dy[r], weight, 0, a.length, m, s, Nothing{});
       } else {
-        add_line_sums<T, V, D, kWeight, kFetch>(x[r], dy[r], weight, a.length, m, s, &sums);
+        add_line_sums<T, V, D, kWeight, kFetch>(x[r], dy[r], weight, a.length, m, s, drain, &sums);
       }
     }
     g[r] = sums.g;
     gt[r] = sums.gt;
     t[r] = sums.t;
-    if constexpr (kFetch != Fetch::none) stage->drain_row();  // else nothing is streamed
+    if constexpr (kFetch != Fetch::none) stage->drain_row();
   }
   return {L::fold8(g), L::fold8(gt), L::fold8(t)};
 }
