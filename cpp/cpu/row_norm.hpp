@@ -9,9 +9,9 @@
 //
 // Cost on a Zen 4, AVX-512, which does an addition, a fma and a load of 16 float32 a cycle and stores them in two.
 // Forward in L1: moments 2.25 cycles a vector (their additions), apply 3.5 (3 fma), 90 a row (pivot, folds, division
-// and root): 370 for 768. Backward in L1: sums 3.8 (3.5 additions and 3 fma), gradient 4.8 (5 fma), 37 a row. Out of L2
-// and L3 the traffic comes on top: a forward of 1024 x 768 takes 490 a row, a copy 240; with 3 of the 7 operations left
-// out it took as long.
+// and root): 370 for 768. Backward in L1: sums 3.8 (3.5 additions and 3 fma), gradient 4.8 (5 fma), 37 a row: 450 for
+// 768. Out of L3 (1024 x 768) a forward takes 400 a row where x starts on a cache line and 440 where it does not
+// (kNear), a backward 740 and 840, a copy 230.
 //
 // T storage, V compute vector, D = F64x8. Longer than 300 lines because forward and backward read as one method.
 #pragma once
