@@ -289,9 +289,9 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
     PivotSums<D> sums = no_sums<D>();
     if (r < rows) {
       const char* p = static_cast<const char*>(x[r]);
-      const Fetching fetch =
+      const Fetching fetching =
           ahead == nullptr ? Fetching{p + kNear, true} : Fetching{static_cast<const char*>(ahead[r]), false};
-      add_run<T, V>(p, length, pivot[r], first[r], &sums, fetch);
+      add_run<T, V>(p, length, pivot[r], first[r], &sums, fetching);
     }
     sum[r] = sums.sum;
     square[r] = sums.square;
@@ -666,9 +666,8 @@ template <class T, class V, class D, bool kWeight, bool kParameters>
                                                                                 sum_dweight, sum_dbias, fresh);
       } else {
         for (std::int64_t r = 0; r < rows; ++r) {
-          gradient_rows<1, T, V, kWeight, kParameters, kStream, kFetchDy>(x + r, dy + r, dx + r, begin, end, w,
-                                                                          constants + r, sum_dweight, sum_dbias,
-                                                                          fresh && r == 0);
+          gradient_rows<1, T, V, kWeight, kParameters, kStream, kFetchDy>(
+              x + r, dy + r, dx + r, begin, end, w, constants + r, sum_dweight, sum_dbias, fresh && r == 0);
         }
       }
     };
@@ -740,8 +739,7 @@ void row_gradient(const RowGradient& a) {
   with_gradient_block<T, V, D>(a, [&](auto gradient) {
     for (std::int64_t first = 0; first < a.rows; first += kRowBlock) {
       const std::int64_t rows = a.rows - first < kRowBlock ? a.rows - first : kRowBlock;
-      gradient(a, first, rows, constants + first, reinterpret_cast<char* const*>(a.dx) + first,
-               {a.stream, false});
+      gradient(a, first, rows, constants + first, reinterpret_cast<char* const*>(a.dx) + first, {a.stream, false});
     }
   });
   if (a.stream) fence();
@@ -768,8 +766,7 @@ template <class T, class V, class D, bool kWeight, Fetch kFetch, bool kUnwidened
     if (r < rows) {
       const V m = V::broadcast(mean[r]), s = V::broadcast(rstd[r]);
       if constexpr (kUnwidened) {
-        sums =
-            superblock_gradient_sums<T, V, kWeight, kFetch>(x[r], dy[r], weight, 0, a.length, m, s, Nothing{});
+        sums = superblock_gradient_sums<T, V, kWeight, kFetch>(x[r], dy[r], weight, 0, a.length, m, s, Nothing{});
       } else {
         add_line_sums<T, V, D, kWeight, kFetch>(x[r], dy[r], weight, a.length, m, s, drain, &sums);
       }

@@ -54,7 +54,7 @@ LANENORM_INLINE typename V::Scalar sampled_pivot(const char* x, std::int64_t vec
 struct Fetching {
   const char* next = nullptr;
   bool near = false;
-  LANENORM_INLINE void operator()(std::int64_t bytes) {
+  LANENORM_INLINE void fetch(std::int64_t bytes) {
     if (next == nullptr) return;
     if (near) {
       LANENORM_UNROLL
@@ -69,12 +69,12 @@ struct Fetching {
 
 // Sums of a superblock about its pivot.
 template <class T, class V>
-LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, V pivot, Fetching* fetch) {
+LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, V pivot, Fetching* fetching) {
   constexpr std::int64_t kLanes = V::kLanes, kVectorBytes = kLanes * static_cast<std::int64_t>(sizeof(T));
   LaneSums<V> lanes{V::zero(), V::zero()}, odd{V::zero(), V::zero()};
   const auto next = [&](auto n) LANENORM_LAMBDA_INLINE {
     constexpr int N = decltype(n)::value;
-    (*fetch)(N * kVectorBytes);
+    fetching->fetch(N * kVectorBytes);
     V d[N];
     LANENORM_UNROLL
     for (int i = 0; i < N; ++i) d[i] = load<T, V>(x + i * kVectorBytes, Full{}) - pivot;
@@ -96,7 +96,7 @@ LANENORM_INLINE LaneSums<V> superblock_sums(const char* x, std::int64_t length, 
   if (length & kLanes) add(&odd, next(Count<1>{}));
   if (length % kLanes != 0) {
     const Part part{static_cast<int>(length % kLanes)};
-    (*fetch)(part.lanes * static_cast<std::int64_t>(sizeof(T)));
+    fetching->fetch(part.lanes * static_cast<std::int64_t>(sizeof(T)));
     const V d = keep_part(load<T, V>(x, part) - pivot, part);
     odd.sum = odd.sum + d;
     odd.square = fma(d, d, odd.square);
@@ -114,7 +114,7 @@ LANENORM_INLINE std::int64_t first_vectors(std::int64_t length) {
 // A run joins the sums about `pivot`. first: sampled_pivot(x) if the run has a full vector. (Short runs fetch nothing.)
 template <class T, class V, class D>
 LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, typename V::Scalar first,
-                             PivotSums<D>* sums, Fetching fetch) {
+                             PivotSums<D>* sums, Fetching fetching) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes, kBytes = sizeof(T);
   for (bool blocks = length >= kShortRun * V::kLanes; blocks && length >= V::kLanes;) {
     const std::int64_t count = length < kElements ? length : kElements;
@@ -123,7 +123,7 @@ LANENORM_INLINE void add_run(const char* x, std::int64_t length, double pivot, t
     const typename V::Scalar own = first;
     const std::int64_t next = first_vectors<V>(length);
     if (next > 0) first = sampled_pivot<T, V>(x + count * kBytes, next);
-    const LaneSums<V> lanes = superblock_sums<T, V>(x, count, V::broadcast(own), &fetch);
+    const LaneSums<V> lanes = superblock_sums<T, V>(x, count, V::broadcast(own), &fetching);
     add_lanes<V>(lanes, static_cast<double>(count), static_cast<double>(own) - pivot, sums);
     x += count * kBytes;
   }
@@ -212,7 +212,7 @@ template <class V, class D, class X>
 using PieceTree = MomentsTree<16>;
 
 template <class V, bool kScaled>
-LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, PieceTree* tree, Fetching fetch) {
+LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, PieceTree* tree, Fetching fetching) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes;
   using X = Adjacent<double, V, kScaled>;
   const X whole{x, scale};
@@ -223,7 +223,7 @@ LANENORM_INLINE void push_run(const char* x, std::int64_t length, double scale, 
     const Extent next_e = extent_of<V>(next + kElements <= length ? kElements : length - next);
     double next_pivot = 0.0;  // started before the superblock, as in add_run
     if (next < length) next_pivot = superblock_pivot<V>(whole.from(next / V::kLanes), next_e);
-    fetch(e.elements * 8);
+    fetching.fetch(e.elements * 8);
     tree->push(superblock_moments<V, V>(whole.from(i / V::kLanes), e, pivot), static_cast<double>(e.elements));
     i = next;
     e = next_e;
