@@ -454,7 +454,7 @@ void row_forward(const RowForward& a) {
 // What is fetched where dx is streamed. Writing dx interrupts both streams, and the processor takes a while to follow
 // them again: 25088 x 192 1.65 -> 1.15 times 1.5 copies, 4096 x 4096 1.25 -> 1.15; 4 to 12 KB ahead are alike. Of rows
 // of 512 bytes to 3 KB only x is fetched by the sums, and dy while dx is written or staged, so that memory is never
-// idle: 25088 x 192 7.3 -> 6.1 ns a vector, 4096 x 768 6.2 -> 5.4, 16384 x 500 8.1 -> 7.4; others lose by it, 8192 x
+// idle: 25088 x 192 7.3 -> 6.1 ns a vector, 4096 x 768 6.2 -> 5.4, 16384 x 500 8.3 -> 7.3; others lose by it, 8192 x
 // 1600 8.5 -> 8.9.
 enum class Fetch { none, x, both };
 inline constexpr std::int64_t kAhead = 6144;
@@ -466,7 +466,7 @@ struct GradientLanes {
   L g, gt, t;
 };
 
-struct Nothing {
+struct Nothing {  // is done beside the sums
   LANENORM_INLINE void operator()() const {}
 };
 

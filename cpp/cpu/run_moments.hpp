@@ -49,8 +49,8 @@ LANENORM_INLINE typename V::Scalar sampled_pivot(const char* x, std::int64_t vec
   return coarse_pivot(x0, (a + b).fold() * kInverse, (abs(a) + abs(b)).fold() * kInverse * kPivotGrain<S>);
 }
 
-// What is fetched while a run is read: as many bytes from `next` on, which moves on, or nothing where it is null. Into
-// L2 what comes from memory; near: into L1 what the caches hold.
+// What is fetched while a run is read: as many bytes from `next` on, which moves on, or nothing where it is null. near:
+// into L1, as it is read soon; else into L2.
 struct Fetching {
   const char* next = nullptr;
   bool near = false;
