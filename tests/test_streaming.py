@@ -131,11 +131,21 @@ def test_batch_norm_large_outputs_have_the_same_bits_everywhere(isa, inner, chan
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
-@pytest.mark.parametrize("shape", [(4096, 100), (3001, 3), (999, 17), (700, 30), (257, 127)], ids=str)
-def test_narrow_rows_have_the_same_bits_where_they_are_not_adjacent(isa, shape, dtype, threads):
+@pytest.mark.parametrize("tiny_weight", [False, True])  # too small to be folded into rstd
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((4096, 100), (3001, 3), (999, 17), (700, 30), (257, 127)),
+        *((3001, 16), (300, 40), (513, 96), (257, 128), (130, 144)),  # whole vectors, up to eight; of float64 40
+    ],
+    ids=str,
+)
+def test_narrow_rows_have_the_same_bits_where_they_are_not_adjacent(isa, shape, tiny_weight, dtype, threads):
     rng = np.random.default_rng(shape)
     x, dy = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
     w, b = rng.standard_normal((2, shape[1])).astype(dtype)
+    if tiny_weight:
+        w[1] = {"float32": 1e-38, "float16": 6e-8, "float64": 1e-305}[dtype]
     apart = np.full((shape[0], shape[1] + 5), np.nan, dtype)[:, : shape[1]]
     apart[...] = x
 

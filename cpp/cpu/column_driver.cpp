@@ -56,6 +56,7 @@ class ColumnDriver {
     shared_ = tile_ < whole;
     tiles_ = ceil_div(columns_, tile_);
     joined_ = rows_joined();
+    flat_ = rows_flat();
   }
 
   void forward() const {
@@ -178,14 +179,27 @@ class ColumnDriver {
   // The rows of a line, or 0.
   std::int64_t rows_joined() const {
     const std::int64_t bytes = size(p_.args.dtype), row = columns_ * bytes;
-    const auto follow = [&](const Layout& layout) { return layout.direct && adjacent(layout.lines, row); };
-    const bool narrow = columns_ % 16 != 0 && row <= kNarrowBytes && plan_.elements >= kNarrowElements;
+    const bool narrow =
+        columns_ % vector_elements(p_.args.dtype) != 0 && row <= kNarrowBytes && plan_.elements >= kNarrowElements;
     if ((!stream_ && !narrow) || plan_.fold > 1 || plan_.outer * tiles_ > 1 || plan_.affine == Affine::per_element) {
       return 0;
     }
-    if (!follow(plan_.x) || !follow(plan_.y) || (p_.args.dy != nullptr && !follow(plan_.dy))) return 0;
+    if (!rows_follow(plan_.x) || !rows_follow(plan_.y) || (p_.args.dy != nullptr && !rows_follow(plan_.dy))) return 0;
     const std::int64_t rows = 64 / std::gcd(row, std::int64_t{64});
     return (rows == 1 && head(0) == 0) || rows * row > kJoinedBytes ? 0 : rows;
+  }
+
+  // Whether each row begins where the one before it ends.
+  bool rows_follow(const Layout& layout) const {
+    return layout.direct && adjacent(layout.lines, columns_ * size(p_.args.dtype));
+  }
+
+  // Whether rows that stay in cache are so narrow that y (dx) of all of them is one line (kNarrowVectors).
+  bool rows_flat() const {
+    const std::int64_t lanes = vector_elements(p_.args.dtype);
+    return joined_ == 0 && !stream_ && plan_.affine == Affine::per_statistic && plan_.fold == 1 &&
+           plan_.outer * tiles_ == 1 && columns_ % lanes == 0 && columns_ <= kNarrowVectors * lanes &&
+           rows_follow(plan_.x) && rows_follow(plan_.y) && (p_.args.dy == nullptr || rows_follow(plan_.dy));
   }
 
   // Elements from the beginning of a row of y to the first cache line.
@@ -542,9 +556,13 @@ class ColumnDriver {
     if (planes()) return plane_apply(t, rows, c);
     InputLines x = x_lines();
     OutputLines y = y_lines();
-    for_windows(t, rows, [&](const Window& w) {
+    const bool folded = p_.operation == Operation::inference ? c.weight == nullptr : !c.general;
+    const bool flat = flat_ && folded;
+    for_windows(t, rows, [&](Window w) {
       const auto from = [&](const C* values) { return values == nullptr ? nullptr : values + w.first_element; };
       ColumnApply a;
+      a.period = w.columns;
+      if (flat) w = {w.first_line, 1, 1, 0, w.count * w.columns};
       a.rows = w.count;
       a.x = x.get(w.first_line, w.step, w.count, t.first + w.first_element, w.columns);
       a.y = y.get(w.first_line, w.step, w.count, t.first + w.first_element, w.columns);
@@ -767,8 +785,10 @@ class ColumnDriver {
       run_gradient(p_.kernels.plane_gradient, t, Window{line(t, rows), 1, rows.count, 0, t.columns}, g, &a);
       return;
     }
-    for_windows(t, rows, [&](const Window& w) {
+    for_windows(t, rows, [&](Window w) {
       ColumnGradient a;
+      a.period = w.columns;
+      if (flat_) w = {w.first_line, 1, 1, 0, w.count * w.columns};
       a.columns = w.columns;
       a.weight = weight_of_rows(rows);
       a.dweight = dweight == nullptr ? nullptr : dweight + rows.first;
@@ -867,6 +887,7 @@ class ColumnDriver {
   std::int64_t fold_;   // adjacent columns that share a statistic
   std::int64_t tile_, tiles_, segments_, piece_rows_;
   std::int64_t joined_;  // rows that are written as one line, or 0
+  bool flat_;            // y of all rows is
   bool stream_;
   bool shared_;  // tiles are narrower, for the threads
 };

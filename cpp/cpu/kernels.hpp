@@ -166,6 +166,11 @@ struct ColumnWeight {
   void *factor, *folded_shift;          // (padded(statistics)) C; may be rstd and shift
 };
 
+// A line may be many rows of at most so many whole vectors, one behind the other: a kernel keeps the constants of one
+// row in registers. Nothing is streamed then, and the factors of all columns are folded (no scale; inference: no
+// weight).
+inline constexpr int kNarrowVectors = 8;
+
 // BN: y = ((x - mean) * rstd + shift) + bias, rstd and shift with the weight folded in; with scale normalize_affine()
 //     of formulas.hpp. Inference, without shift: y = (x - mean) * rstd + bias; with weight as PlaneApply says.
 // LN (per_row): y = normalize(x, mean, rstd, rstd_low, shift) * weight + bias; with scale of x * scale.
@@ -173,7 +178,8 @@ struct ColumnApply {
   const void* const* x;
   void* const* y;
   std::int64_t rows, columns;
-  const void *mean, *rstd;  // (columns) C
+  std::int64_t period;      // the columns of such a row, after which the constants repeat; or `columns`
+  const void *mean, *rstd;  // (columns, or period) C
   const void* shift;        // (columns) C; BN: or null, 0
   const void* rstd_low;     // (columns) C: LN
   const void* scale;        // (columns) C, or null: all 1
@@ -221,6 +227,7 @@ struct ColumnGradient {
   const void* const* dy;
   void* const* dx;
   std::int64_t rows, columns;
+  std::int64_t period;                                                      // as in ColumnApply
   const void* weight;                                                       // (rows) C, or null
   const void *mean, *rstd, *shift, *minus_mean_g, *minus_mean_gx, *factor;  // (columns) C
   double *dweight, *dbias;  // (rows) running totals over the columns, or null
