@@ -137,9 +137,9 @@ class ColumnDriver {
   };
 
   // `count` lines, first_line, first_line + step, ..., and of each, `columns` elements from first_element of a tile on,
-  // which may run on into the lines behind it.
+  // which may run on into the lines behind it. period: as in ColumnApply.
   struct Window {
-    std::int64_t first_line, step, count, first_element, columns;
+    std::int64_t first_line, step, count, first_element, columns, period;
   };
 
   Tile tile(std::int64_t piece) const {
@@ -181,25 +181,23 @@ class ColumnDriver {
     const std::int64_t bytes = size(p_.args.dtype), row = columns_ * bytes;
     const bool narrow =
         columns_ % vector_elements(p_.args.dtype) != 0 && row <= kNarrowBytes && plan_.elements >= kNarrowElements;
-    if ((!stream_ && !narrow) || plan_.fold > 1 || plan_.outer * tiles_ > 1 || plan_.affine == Affine::per_element) {
-      return 0;
-    }
-    if (!rows_follow(plan_.x) || !rows_follow(plan_.y) || (p_.args.dy != nullptr && !rows_follow(plan_.dy))) return 0;
+    if ((!stream_ && !narrow) || !rows_follow()) return 0;
     const std::int64_t rows = 64 / std::gcd(row, std::int64_t{64});
     return (rows == 1 && head(0) == 0) || rows * row > kJoinedBytes ? 0 : rows;
   }
 
-  // Whether each row begins where the one before it ends.
-  bool rows_follow(const Layout& layout) const {
-    return layout.direct && adjacent(layout.lines, columns_ * size(p_.args.dtype));
+  // Whether there is one matrix of BN, each row of which begins where the one before it ends.
+  bool rows_follow() const {
+    if (plan_.fold > 1 || plan_.outer * tiles_ > 1 || plan_.affine == Affine::per_element) return false;
+    const std::int64_t row = columns_ * size(p_.args.dtype);
+    const auto follow = [&](const Layout& layout) { return layout.direct && adjacent(layout.lines, row); };
+    return follow(plan_.x) && follow(plan_.y) && (p_.args.dy == nullptr || follow(plan_.dy));
   }
 
   // Whether rows that stay in cache are so narrow that y (dx) of all of them is one line (kNarrowVectors).
   bool rows_flat() const {
     const std::int64_t lanes = vector_elements(p_.args.dtype);
-    return joined_ == 0 && !stream_ && plan_.affine == Affine::per_statistic && plan_.fold == 1 &&
-           plan_.outer * tiles_ == 1 && columns_ % lanes == 0 && columns_ <= kNarrowVectors * lanes &&
-           rows_follow(plan_.x) && rows_follow(plan_.y) && (p_.args.dy == nullptr || rows_follow(plan_.dy));
+    return joined_ == 0 && !stream_ && columns_ % lanes == 0 && columns_ <= kNarrowVectors * lanes && rows_follow();
   }
 
   // Elements from the beginning of a row of y to the first cache line.
@@ -209,17 +207,18 @@ class ColumnDriver {
     return (64 - (address + row * columns_ * bytes) % 64) % 64 / bytes;
   }
 
-  // f(Window) for the rows of a tile.
+  // f(Window) for the rows of a tile; flat: all of them are one line.
   template <class F>
-  void for_windows(const Tile& t, const Rows& rows, F&& f) const {
+  void for_windows(const Tile& t, const Rows& rows, bool flat, F&& f) const {
     const std::int64_t first = line(t, rows);
-    if (joined_ == 0) return f(Window{first, 1, rows.count, 0, t.columns});
+    if (flat) return f(Window{first, 1, 1, 0, rows.count * t.columns, t.columns});
+    if (joined_ == 0) return f(Window{first, 1, rows.count, 0, t.columns, t.columns});
     const std::int64_t elements = rows.count * columns_, length = joined_ * columns_;
     const std::int64_t begin = smaller(head(first), elements);
     const std::int64_t lines = (elements - begin) / length, rest = (elements - begin) % length;
-    if (begin > 0) f(Window{first, 1, 1, 0, begin});
-    if (lines > 0) f(Window{first, joined_, lines, begin, length});
-    if (rest > 0) f(Window{first + lines * joined_, 1, 1, begin, rest});
+    if (begin > 0) f(Window{first, 1, 1, 0, begin, begin});
+    if (lines > 0) f(Window{first, joined_, lines, begin, length, length});
+    if (rest > 0) f(Window{first + lines * joined_, 1, 1, begin, rest, rest});
   }
 
   // How many elements of a tile's arrays lie behind those of its columns.
@@ -557,16 +556,14 @@ class ColumnDriver {
     InputLines x = x_lines();
     OutputLines y = y_lines();
     const bool folded = p_.operation == Operation::inference ? c.weight == nullptr : !c.general;
-    const bool flat = flat_ && folded;
-    for_windows(t, rows, [&](Window w) {
+    for_windows(t, rows, flat_ && folded, [&](const Window& w) {
       const auto from = [&](const C* values) { return values == nullptr ? nullptr : values + w.first_element; };
       ColumnApply a;
-      a.period = w.columns;
-      if (flat) w = {w.first_line, 1, 1, 0, w.count * w.columns};
       a.rows = w.count;
       a.x = x.get(w.first_line, w.step, w.count, t.first + w.first_element, w.columns);
       a.y = y.get(w.first_line, w.step, w.count, t.first + w.first_element, w.columns);
       a.columns = w.columns;
+      a.period = w.period;
       a.mean = from(c.mean);
       a.rstd = from(c.rstd);
       a.shift = from(c.shift);
@@ -782,14 +779,13 @@ class ColumnDriver {
       a.planes = t.sums;
       a.length = plane_;
       a.next = next_plane(t, 2);
-      run_gradient(p_.kernels.plane_gradient, t, Window{line(t, rows), 1, rows.count, 0, t.columns}, g, &a);
+      run_gradient(p_.kernels.plane_gradient, t, Window{line(t, rows), 1, rows.count, 0, t.columns, t.columns}, g, &a);
       return;
     }
-    for_windows(t, rows, [&](Window w) {
+    for_windows(t, rows, flat_, [&](const Window& w) {
       ColumnGradient a;
-      a.period = w.columns;
-      if (flat_) w = {w.first_line, 1, 1, 0, w.count * w.columns};
       a.columns = w.columns;
+      a.period = w.period;
       a.weight = weight_of_rows(rows);
       a.dweight = dweight == nullptr ? nullptr : dweight + rows.first;
       a.dbias = dbias == nullptr ? nullptr : dbias + rows.first;
@@ -887,7 +883,7 @@ class ColumnDriver {
   std::int64_t fold_;   // adjacent columns that share a statistic
   std::int64_t tile_, tiles_, segments_, piece_rows_;
   std::int64_t joined_;  // rows that are written as one line, or 0
-  bool flat_;            // y of all rows is
+  bool flat_;            // y of all rows may be written as one line
   bool stream_;
   bool shared_;  // tiles are narrower, for the threads
 };

@@ -528,7 +528,7 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
   const Ahead ahead = kStream ? ahead_of<N, T>(a, row, head >= 0) : Ahead{};
   const S* weight = kApply == ApplyOf::layer_norm ? columns.weight + row : nullptr;
   const S* bias = kApply == ApplyOf::layer_norm ? columns.bias + row : nullptr;
-  const auto vectors = [&](std::int64_t j, auto part, bool stream) LANENORM_LAMBDA_INLINE {
+  for_vectors_streamed<V>(head, a.columns, [&](std::int64_t j, auto part, bool stream) LANENORM_LAMBDA_INLINE {
     const auto constants = columns.at(j, part);
     const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
     // All loads before the stores: rows a multiple of 4 KB apart would make each load wait for the store before it.
@@ -543,19 +543,13 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
       const bool layer = kApply == ApplyOf::layer_norm;
       write<T>(constants(v[r], layer ? weight[r] : S(0), layer ? bias[r] : S(0)), y[r] + at, part, stream);
     }
-  };
-  if constexpr (kStream) {
-    for_vectors_streamed<V>(head, a.columns, vectors);
-  } else {
-    for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE { vectors(j, part, false); });
-  }
+  });
 }
 
-// Lines that are rows of K vectors, one behind the other. The processor takes a walk through memory for the stream that
-// it is, and needs no fetching: one array to another in L3 takes 4.9 cycles a vector so, what a copy takes, with 4 rows
-// side by side 5.4, and a table of rows costs 0.5 more. The constants are in registers (AVX2: on the stack, which is no
-// slower than 4 rows that share their loads). Inference of 12544 x 64 99 -> 78 us (AVX2 93 -> 75), of 4096 x 16 13
-// -> 7.
+// A line of rows of K vectors, one behind the other. The processor takes a walk through memory for the stream that it
+// is, and needs no fetching: from one array to another in L3 it takes 4.9 cycles a vector, as a copy does, with 4 rows
+// side by side 5.4, and a table of rows costs 0.5 more. Constants that do not fit the registers (of AVX2) are read from
+// the stack. Inference of 12544 x 64 99 -> 78 us (AVX2 93 -> 75), of 4096 x 16 13 -> 7 us.
 template <int K, class T, class V, ApplyOf kApply>
 LANENORM_INLINE void apply_narrow(const ColumnApply& a) {
   constexpr std::int64_t kVectorBytes = V::kLanes * static_cast<std::int64_t>(sizeof(T));
@@ -563,16 +557,14 @@ LANENORM_INLINE void apply_narrow(const ColumnApply& a) {
   ColumnConstants<V, kApply, false> constants[K];
   LANENORM_UNROLL
   for (int k = 0; k < K; ++k) constants[k] = columns.at(k * V::kLanes, Full{});
-  for (std::int64_t row = 0; row < a.rows; ++row) {
-    const char* x = static_cast<const char*>(a.x[row]);
-    char* y = static_cast<char*>(a.y[row]);
-    for (const char* end = x + a.columns * static_cast<std::int64_t>(sizeof(T)); x < end; x += K * kVectorBytes) {
-      LANENORM_UNROLL
-      for (int k = 0; k < K; ++k) {
-        store<T>(constants[k](load<T, V>(x + k * kVectorBytes, Full{}), 0, 0), y + k * kVectorBytes, Full{});
-      }
-      y += K * kVectorBytes;
+  const char* x = static_cast<const char*>(a.x[0]);
+  char* y = static_cast<char*>(a.y[0]);
+  for (const char* end = x + a.columns * static_cast<std::int64_t>(sizeof(T)); x < end; x += K * kVectorBytes) {
+    LANENORM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      store<T>(constants[k](load<T, V>(x + k * kVectorBytes, Full{}), 0, 0), y + k * kVectorBytes, Full{});
     }
+    y += K * kVectorBytes;
   }
 }
 
@@ -592,16 +584,12 @@ LANENORM_INLINE void apply_lines(const ColumnApply& a) {
     for (; row + N <= a.rows; row += N) apply_rows<N, kStream, T, V, kApply, kGeneral>(a, row);
     for (; row < a.rows; ++row) apply_rows<1, kStream, T, V, kApply, kGeneral>(a, row);
   };
+  if (a.stream) return rows(Count<kApplyRows>{}, std::true_type{});
   // Rows a multiple of 4 KB apart, and those of y, meet in one set of L1, which holds 8 lines, two for each vector that
-  // lies in two: inference of 196 x 1024 29 -> 23 us, 1568 x 1024 255 -> 214. (Streamed ones lose: 16384 x 2048 1.15.)
+  // lies in two: inference of 196 x 1024 29 -> 23 us, 1568 x 1024 255 -> 214. (Streamed ones lose: 16384 x 2048 8.4 ->
+  // 9.9 ms.)
   const bool pages = a.rows > 1 && (static_cast<const char*>(a.x[1]) - static_cast<const char*>(a.x[0])) % 4096 == 0;
-  if (a.stream) {
-    rows(Count<kApplyRows>{}, std::true_type{});
-  } else if (pages) {
-    rows(Count<2>{}, std::false_type{});
-  } else {
-    rows(Count<kApplyRows>{}, std::false_type{});
-  }
+  pages ? rows(Count<2>{}, std::false_type{}) : rows(Count<kApplyRows>{}, std::false_type{});
 }
 
 template <class T, class V>
@@ -778,7 +766,7 @@ LANENORM_INLINE void gradient_rows(const ColumnGradient& a, std::int64_t row) {
   D dweight[N], dbias[N];
   LANENORM_UNROLL
   for (int r = 0; r < N; ++r) dweight[r] = dbias[r] = D::zero();
-  const auto vectors = [&](std::int64_t j, auto part, bool stream) LANENORM_LAMBDA_INLINE {
+  for_vectors_streamed<V>(head, a.columns, [&](std::int64_t j, auto part, bool stream) LANENORM_LAMBDA_INLINE {
     const ColumnGradients<V> k = columns.at(j, part);
     const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
     V gs[N], xs[N];
@@ -806,12 +794,7 @@ LANENORM_INLINE void gradient_rows(const ColumnGradient& a, std::int64_t row) {
         }
       }
     }
-  };
-  if constexpr (kStream) {
-    for_vectors_streamed<V>(head, a.columns, vectors);
-  } else {
-    for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE { vectors(j, part, false); });
-  }
+  });
   if constexpr (kParameters) {
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
@@ -831,18 +814,16 @@ LANENORM_INLINE void gradient_narrow(const ColumnGradient& a) {
   ColumnGradients<V> k[K];
   LANENORM_UNROLL
   for (int i = 0; i < K; ++i) k[i] = columns.at(i * V::kLanes, Full{});
-  for (std::int64_t row = 0; row < a.rows; ++row) {
-    const char *x = static_cast<const char*>(a.x[row]), *dy = static_cast<const char*>(a.dy[row]);
-    char* dx = static_cast<char*>(a.dx[row]);
-    for (const char* end = x + a.columns * static_cast<std::int64_t>(sizeof(T)); x < end; x += K * kVectorBytes) {
-      LANENORM_UNROLL
-      for (int i = 0; i < K; ++i) {
-        const V xhat = k[i].xhat(load<T, V>(x + i * kVectorBytes, Full{}));
-        store<T>(k[i].dx(load<T, V>(dy + i * kVectorBytes, Full{}), one, xhat), dx + i * kVectorBytes, Full{});
-      }
-      dy += K * kVectorBytes;
-      dx += K * kVectorBytes;
+  const char *x = static_cast<const char*>(a.x[0]), *dy = static_cast<const char*>(a.dy[0]);
+  char* dx = static_cast<char*>(a.dx[0]);
+  for (const char* end = x + a.columns * static_cast<std::int64_t>(sizeof(T)); x < end; x += K * kVectorBytes) {
+    LANENORM_UNROLL
+    for (int i = 0; i < K; ++i) {
+      const V xhat = k[i].xhat(load<T, V>(x + i * kVectorBytes, Full{}));
+      store<T>(k[i].dx(load<T, V>(dy + i * kVectorBytes, Full{}), one, xhat), dx + i * kVectorBytes, Full{});
     }
+    dy += K * kVectorBytes;
+    dx += K * kVectorBytes;
   }
 }
 

@@ -166,9 +166,8 @@ struct ColumnWeight {
   void *factor, *folded_shift;          // (padded(statistics)) C; may be rstd and shift
 };
 
-// A line may be many rows of at most so many whole vectors, one behind the other: a kernel keeps the constants of one
-// row in registers. Nothing is streamed then, and the factors of all columns are folded (no scale; inference: no
-// weight).
+// The only line may be many rows of at most so many whole vectors, one behind the other: a kernel keeps the constants
+// of a row in registers. Nothing is streamed then, and factors are folded (no scale; inference: no weight).
 inline constexpr int kNarrowVectors = 8;
 
 // BN: y = ((x - mean) * rstd + shift) + bias, rstd and shift with the weight folded in; with scale normalize_affine()
