@@ -50,9 +50,9 @@ struct Problem {
 // With one array less to keep an inference gains from the caches longer, and so do several threads, whose streaming
 // stores may share a link to memory: two threads of a virtual machine at times streamed no more than one (9.4 MB of
 // inference 343 us, 162 in cache; forward of 6.2 MB 232 and 146), at times twice as much (200 us, 145; 150 and 168),
-// and these are the sizes that lose little in either state. Inference of 12.8 MB on two threads, streamed and in cache:
-// planes, walked through, 520 and 420 us, rows of columns, four side by side, 516 and 770. A backward, with one array
-// more, gains sooner: 1568 x 768 (4.8 MB) on one thread 490 us, 400 streamed.
+// and these are the sizes that lose little in either state (forward of 8.0 MB 273 and 361). Inference of 12.8 MB on two
+// threads, streamed and in cache: planes, walked through, 520 and 420 us, rows of columns, four side by side, 516 and
+// 770. A backward, with one array more, gains sooner: 1568 x 768 (4.8 MB) on one thread 490 us, 400 streamed.
 constexpr std::int64_t stream_bytes(Operation operation, bool several_threads, bool side_by_side) {
   constexpr std::int64_t kMega = std::int64_t{1} << 20;
   if (operation == Operation::inference) return (!several_threads ? 8 : side_by_side ? 11 : 14) * kMega;
