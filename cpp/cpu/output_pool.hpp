@@ -2,10 +2,10 @@
 // costs 45 ms on 4 KB pages and 8.5 ms on huge pages before anything is written to it, touched memory 6 ms for the
 // whole fill.
 //
-// A block is mapped on its own, at a border of 2 MB with huge pages where it is that large, begins at a place within
-// its first page that other arrays do not have, and goes back to the pool when its array dies. The pool keeps at most
-// `limit` bytes of free blocks, dropping those that were freed first. Any thread; a forked child has a pool of its own
-// with copies of the blocks.
+// A block is mapped on its own, at a border of 2 MB with huge pages where it is that large, and goes back to the pool
+// when its array dies. Where an array begins within the first page depends on what will be read while it is written.
+// The pool keeps at most `limit` bytes of free blocks, dropping those that were freed first. Any thread; a forked child
+// has a pool of its own with copies of the blocks.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,14 @@ namespace lanenorm {
 // 1024: 27 -> 14, as rows of 4 KB of malloc's 128 KB lie where those of x lie.
 inline constexpr std::size_t kPooledBytes = 112 * 1024;
 
+// What is read while an output is written; null: nothing.
+struct ReadBeside {
+  const void* x = nullptr;
+  const void* dy = nullptr;
+};
+
 // 64-byte aligned, uninitialized; null where there is no memory.
-void* pool_allocate(std::size_t bytes) noexcept;
+void* pool_allocate(std::size_t bytes, ReadBeside reads = {}) noexcept;
 void pool_free(void* block) noexcept;                   // null: nothing
 std::size_t pool_capacity(const void* block) noexcept;  // of a block in use
 

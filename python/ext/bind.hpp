@@ -11,7 +11,9 @@
 //   static View view(array, dtype)
 //   Device(operation, x)                 made once a call, after its checks and before anything is allocated; on a GPU
 //                                        it makes the device of x current until it is destroyed
-//   Array empty(dtype, shape, axes, strides) const       strides null: C order
+//   Array empty(dtype, shape, axes, strides, reads) const
+//                                        strides null: C order; reads: the Args of what is read while it is written, or
+//                                        null
 //   void layer_norm_forward(args) const, ...             the operations that the module binds
 //   static constexpr std::int64_t kKeepGil               see run
 //
@@ -237,7 +239,7 @@ template <class Device>
 py::object output(const Device& device, const Argument<Device>& x, const OptionalArgument<Device>& out,
                   lanenorm::Args* args) {
   if (out.given) return out.given->array;
-  auto y = device.empty(Device::dtype(x.array), x.view.shape, x.view.axes, args->y_strides);
+  auto y = device.empty(Device::dtype(x.array), x.view.shape, x.view.axes, args->y_strides, args);
   args->y = Device::view(y, x.view.dtype).data;
   return std::move(y);
 }
@@ -255,8 +257,8 @@ std::pair<py::object, py::object> statistics(const Device& device, const Argumen
     }
   }
   const py::dtype dtype = numpy_statistics_dtype(x.view.dtype);
-  auto mean = device.empty(dtype, shape, axes, nullptr);
-  auto rstd = device.empty(dtype, shape, axes, nullptr);
+  auto mean = device.empty(dtype, shape, axes, nullptr, nullptr);
+  auto rstd = device.empty(dtype, shape, axes, nullptr, nullptr);
   const lanenorm::DType kind = lanenorm::statistics_dtype(x.view.dtype);
   lanenorm::attach_statistics(x.view, Device::view(mean, kind), Device::view(rstd, kind), args);
   return {std::move(mean), std::move(rstd)};
@@ -273,8 +275,8 @@ std::pair<py::object, py::object> parameter_gradients(const Device& device, cons
     if (args->reduced[axis] == of_reduced) shape[axes++] = x.view.shape[axis];
   }
   const py::dtype dtype = weight.given ? Device::dtype(weight.given->array) : numpy_statistics_dtype(x.view.dtype);
-  auto dweight = device.empty(dtype, shape, axes, nullptr);
-  auto dbias = device.empty(dtype, shape, axes, nullptr);
+  auto dweight = device.empty(dtype, shape, axes, nullptr, nullptr);
+  auto dbias = device.empty(dtype, shape, axes, nullptr, nullptr);
   lanenorm::attach_parameters(x.view, Device::view(dweight, args->parameter_dtype),
                               Device::view(dbias, args->parameter_dtype), args);
   return {std::move(dweight), std::move(dbias)};

@@ -197,7 +197,8 @@ class Cuda {
     return {array.data, dtype, array.axes, array.shape(), array.strides(), true};
   }
 
-  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides) const {
+  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides,
+              const lanenorm::Args* /*reads*/) const {
     std::int64_t bytes = dtype.itemsize();
     for (int axis = 0; axis < axes; ++axis) bytes *= shape[axis];
     const py::object memory = allocate(operation_, bytes, device_);

@@ -38,7 +38,8 @@ struct Emulated {
             array.writeable()};
   }
 
-  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides) const {
+  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides,
+              const lanenorm::Args* /*reads*/) const {
     std::vector<py::ssize_t> lengths(shape, shape + axes), steps;
     if (strides != nullptr) steps.assign(strides, strides + axes);
     Array array(dtype, std::move(lengths), std::move(steps));
