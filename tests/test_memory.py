@@ -133,7 +133,6 @@ def test_pool_outputs_begin_away_from_what_is_read_meanwhile(pool, offset):
         dx = lanenorm.batch_norm_backward(dy, x, mean, rstd).dx
         assert not in_the_way(dx, x, 1024)  # 512 bytes are not enough for three
         assert not in_the_way(dx, dy, 1024)
-        assert lanenorm.batch_norm_backward(dy, x, mean, rstd, out=dx).dx is dx
 
 
 def test_pool_outputs_are_whole_wherever_they_begin(pool):

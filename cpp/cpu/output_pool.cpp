@@ -20,12 +20,13 @@ constexpr std::size_t kRounding = std::size_t{64} << 10;  // of smaller blocks, 
 // room for 8 lines of one place; kernels read x a little behind where they write y, in rows that are often a multiple
 // of 512 bytes, 1 KB or 4 KB apart. With y 64 to 192 bytes behind x within a page they take, of the time with y
 // elsewhere: layer norm of 1024 x 768 and 512 x 1024 in cache 1.2, forward of batch norm of 784 x 512 1.1,
-// inference 1.2, backward of 256 x 1024 1.7 (and still 1.5 at 300 bytes). NumPy's own large arrays begin 16 bytes into
-// a page, others anywhere.
+// inference 1.2, backward of 256 x 1024 1.7 (its gradient alone 2.4, and still 1.5 at 240 bytes). NumPy's own large
+// arrays begin 16 bytes into a page, others anywhere.
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kHeader = 64;  // before an array: its block
-// So far behind x, 448 bytes from it and the rows around it, and by pages' measure far, as loads also meet stores that
-// have waited for a while: 1024 x 768 forward 138 us at 448, 133; 1 x 512 x 28 x 28 68.6 and 65.1.
+// So far behind x: 448 bytes behind it and the rows around it, and half a page more, as loads also meet stores that
+// have waited for a while. Forward at 448 and 2496 bytes: 1024 x 768 138 and 133 us, BN of 1 x 512 x 28 x 28 68.6
+// and 65.1.
 constexpr std::size_t kFar = 2048 + 448;
 constexpr std::size_t kTurn = 512;  // blocks differ by it: arrays of two of them may be read side by side
 
@@ -35,6 +36,7 @@ std::size_t crowding(std::size_t behind) {
   return 4U * from_before_to(320, kPage) + 2U * from_before_to(192, 1024) + 1U * from_before_to(192, 512);
 }
 
+// 4 ns; 180 where nothing suits both, as x and dy are half of 512 bytes apart.
 std::size_t place(ReadBeside reads, std::size_t turn) {
   const auto x = reinterpret_cast<std::uintptr_t>(reads.x), dy = reinterpret_cast<std::uintptr_t>(reads.dy);
   std::size_t best = 0, least = 100;

@@ -9,11 +9,9 @@
 //   static Array cast(object, operation, argument)       of an object that it takes, or errors::wrong_kind
 //   static py::dtype dtype(array)
 //   static View view(array, dtype)
-//   Device(operation, x)                 made once a call, after its checks and before anything is allocated; on a GPU
+//   Device(operation, x, args)           made once a call, after its checks and before anything is allocated; on a GPU
 //                                        it makes the device of x current until it is destroyed
-//   Array empty(dtype, shape, axes, strides, reads) const
-//                                        strides null: C order; reads: the Args of what is read while it is written, or
-//                                        null
+//   Array empty(dtype, shape, axes, strides) const       strides null: C order
 //   void layer_norm_forward(args) const, ...             the operations that the module binds
 //   static constexpr std::int64_t kKeepGil               see run
 //
@@ -239,7 +237,7 @@ template <class Device>
 py::object output(const Device& device, const Argument<Device>& x, const OptionalArgument<Device>& out,
                   lanenorm::Args* args) {
   if (out.given) return out.given->array;
-  auto y = device.empty(Device::dtype(x.array), x.view.shape, x.view.axes, args->y_strides, args);
+  auto y = device.empty(Device::dtype(x.array), x.view.shape, x.view.axes, args->y_strides);
   args->y = Device::view(y, x.view.dtype).data;
   return std::move(y);
 }
@@ -257,8 +255,8 @@ std::pair<py::object, py::object> statistics(const Device& device, const Argumen
     }
   }
   const py::dtype dtype = numpy_statistics_dtype(x.view.dtype);
-  auto mean = device.empty(dtype, shape, axes, nullptr, nullptr);
-  auto rstd = device.empty(dtype, shape, axes, nullptr, nullptr);
+  auto mean = device.empty(dtype, shape, axes, nullptr);
+  auto rstd = device.empty(dtype, shape, axes, nullptr);
   const lanenorm::DType kind = lanenorm::statistics_dtype(x.view.dtype);
   lanenorm::attach_statistics(x.view, Device::view(mean, kind), Device::view(rstd, kind), args);
   return {std::move(mean), std::move(rstd)};
@@ -275,8 +273,8 @@ std::pair<py::object, py::object> parameter_gradients(const Device& device, cons
     if (args->reduced[axis] == of_reduced) shape[axes++] = x.view.shape[axis];
   }
   const py::dtype dtype = weight.given ? Device::dtype(weight.given->array) : numpy_statistics_dtype(x.view.dtype);
-  auto dweight = device.empty(dtype, shape, axes, nullptr, nullptr);
-  auto dbias = device.empty(dtype, shape, axes, nullptr, nullptr);
+  auto dweight = device.empty(dtype, shape, axes, nullptr);
+  auto dbias = device.empty(dtype, shape, axes, nullptr);
   lanenorm::attach_parameters(x.view, Device::view(dweight, args->parameter_dtype),
                               Device::view(dbias, args->parameter_dtype), args);
   return {std::move(dweight), std::move(dbias)};
@@ -300,7 +298,7 @@ template <class Device>
 py::object gradients(const char* name, const Argument<Device>& x, const OptionalArgument<Device>& weight,
                      const OptionalArgument<Device>& out, bool param_grads, const py::handle& result,
                      lanenorm::Args* args, void (Device::*operation)(const lanenorm::Args&) const) {
-  const Device device(name, x.array);
+  const Device device(name, x.array, *args);
   auto dx = output(device, x, out, args);
   if (!param_grads) {
     run(device, *args, operation);
@@ -324,7 +322,7 @@ struct Operations {
     const char* name = "layer_norm";
     lanenorm::Args args;
     const auto x = layer_norm_args(name, x_, weight_, bias_, axis, eps, out_, &args);
-    const Device device(name, x.first.array);
+    const Device device(name, x.first.array, args);
     auto y = output(device, x.first, x.second, &args);
     run(device, args, &Device::layer_norm_forward);
     return y;
@@ -336,7 +334,7 @@ struct Operations {
     const char* name = "layer_norm_forward";
     lanenorm::Args args;
     const auto x = layer_norm_args(name, x_, weight_, bias_, axis, eps, out_, &args);
-    const Device device(name, x.first.array);
+    const Device device(name, x.first.array, args);
     auto y = output(device, x.first, x.second, &args);
     auto [mean, rstd] = statistics(device, x.first, &args);
     run(device, args, &Device::layer_norm_forward);
@@ -375,7 +373,7 @@ struct Operations {
     lanenorm::check_batch_norm_inference(name, x.view, running_mean.view, running_var.view, weight.view(), bias.view(),
                                          axis_of(name, "channel_axis", channel_axis, kInt), number_of(name, "eps", eps),
                                          out.view(), &args);
-    const Device device(name, x.array);
+    const Device device(name, x.array, args);
     auto y = output(device, x, out, &args);
     run(device, args, &Device::batch_norm_inference);
     return y;
@@ -398,7 +396,7 @@ struct Operations {
                                        running_var.view(), number_of(name, "momentum", momentum),
                                        axis_of(name, "channel_axis", channel_axis, kInt), number_of(name, "eps", eps),
                                        out.view(), &args);
-    const Device device(name, x.array);
+    const Device device(name, x.array, args);
     auto y = output(device, x, out, &args);
     auto [mean, rstd] = statistics(device, x, &args);
     run(device, args, &Device::batch_norm_forward);

@@ -39,11 +39,11 @@ PyDataMem_Handler pool_handler = {"lanenorm_pool", 1, {nullptr, pool_malloc, poo
 // NumPy allocates from the pool while one lives. Two context variable writes, 0.2 us.
 class FromPool {
  public:
-  explicit FromPool(const lanenorm::Args* reads) {
+  explicit FromPool(lanenorm::ReadBeside reads) {
     static PyObject* const capsule = PyCapsule_New(&pool_handler, "mem_handler", nullptr);
     before_ = capsule == nullptr ? nullptr : PyDataMem_SetHandler(capsule);
     if (before_ == nullptr) throw py::error_already_set();
-    if (reads != nullptr) read_beside = {reads->x, reads->dy};
+    read_beside = reads;
   }
   ~FromPool() {
     read_beside = {};
@@ -64,7 +64,7 @@ struct Cpu {
   // Releasing and taking the GIL costs 60 ns; below this many elements (about 5 us of work) it is kept.
   static constexpr std::int64_t kKeepGil = 16384;
 
-  Cpu(const char* /*operation*/, const Array& /*x*/) {}
+  Cpu(const char* /*operation*/, const Array& /*x*/, const lanenorm::Args& args) : reads_{args.x, args.dy} {}
 
   // The types of NUMPY in _arrays.py.
   static bool takes(const py::handle& object) {
@@ -89,12 +89,11 @@ struct Cpu {
             writable};
   }
 
-  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides,
-              const lanenorm::Args* reads) const {
+  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides) const {
     std::size_t bytes = static_cast<std::size_t>(dtype.itemsize());
     for (int axis = 0; axis < axes; ++axis) bytes *= static_cast<std::size_t>(shape[axis]);
     std::optional<FromPool> memory;
-    if (bytes >= lanenorm::kPooledBytes) memory.emplace(reads);
+    if (bytes >= lanenorm::kPooledBytes) memory.emplace(reads_);
     // Not py::array's constructor: its two vectors and what it works out from them are 60 ns of 1.2 us.
     PyArray_Descr* descriptor = reinterpret_cast<PyArray_Descr*>(py::dtype(dtype).release().ptr());
     PyObject* array = PyArray_NewFromDescr(&PyArray_Type, descriptor, axes, reinterpret_cast<const npy_intp*>(shape),
@@ -108,6 +107,8 @@ struct Cpu {
   void batch_norm_inference(const lanenorm::Args& args) const { lanenorm::batch_norm_inference(args); }
   void batch_norm_forward(const lanenorm::Args& args) const { lanenorm::batch_norm_forward(args); }
   void batch_norm_backward(const lanenorm::Args& args) const { lanenorm::batch_norm_backward(args); }
+
+  lanenorm::ReadBeside reads_;  // while outputs are written
 };
 
 // PyErr_CheckSignals already set KeyboardInterrupt, or whatever the handler raised.

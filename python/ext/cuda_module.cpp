@@ -162,7 +162,7 @@ class Cuda {
   // the GIL.
   static constexpr std::int64_t kKeepGil = 0;
 
-  Cuda(const char* operation, const Array& x)
+  Cuda(const char* operation, const Array& x, const lanenorm::Args& /*args*/)
       : operation_(operation),
         device_(x.device),
         current_(operation, x.device),
@@ -197,8 +197,7 @@ class Cuda {
     return {array.data, dtype, array.axes, array.shape(), array.strides(), true};
   }
 
-  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides,
-              const lanenorm::Args* /*reads*/) const {
+  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides) const {
     std::int64_t bytes = dtype.itemsize();
     for (int axis = 0; axis < axes; ++axis) bytes *= shape[axis];
     const py::object memory = allocate(operation_, bytes, device_);

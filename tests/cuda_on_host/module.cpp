@@ -16,7 +16,7 @@ struct Emulated {
   using Array = py::array;
   static constexpr std::int64_t kKeepGil = 0;  // launches of several Python threads wait for each other
 
-  Emulated(const char* /*operation*/, const Array& /*x*/) {}
+  Emulated(const char* /*operation*/, const Array& /*x*/, const Args& /*args*/) {}
 
   static constexpr bool takes(const py::handle&) { return true; }
 
@@ -38,8 +38,7 @@ struct Emulated {
             array.writeable()};
   }
 
-  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides,
-              const lanenorm::Args* /*reads*/) const {
+  Array empty(const py::dtype& dtype, const std::int64_t* shape, int axes, const std::int64_t* strides) const {
     std::vector<py::ssize_t> lengths(shape, shape + axes), steps;
     if (strides != nullptr) steps.assign(strides, strides + axes);
     Array array(dtype, std::move(lengths), std::move(steps));
