@@ -52,19 +52,21 @@ struct Problem {
 // inference 343 us, 162 in cache; forward of 6.2 MB 232 and 146), at times twice as much (200 us, 145; 150 and 168),
 // and these are the sizes that lose little in either state (forward of 8.0 MB 273 and 361). Inference of 12.8 MB on two
 // threads, streamed and in cache: planes, walked through, 520 and 420 us, rows of columns, four side by side, 516 and
-// 770. A backward, with one array more, gains sooner: 1568 x 768 (4.8 MB) on one thread 490 us, 400 streamed.
-constexpr std::int64_t stream_bytes(Operation operation, bool several_threads, bool side_by_side) {
+// 770. A backward, with one array more, gains sooner: 1568 x 768 (4.8 MB) on one thread 490 us, 400 streamed. A forward
+// of small planes, which waits for its streaming stores at the end of every tile, gains later: streamed and in cache
+// 8 x 1024 x 14 x 14 344 and 272 us, two in a row 905 and 790; 10 x 1024 x 14 x 14 432 and 408, 1149 and 1324.
+constexpr std::int64_t stream_bytes(Operation operation, bool several_threads, const Plan& plan) {
   constexpr std::int64_t kMega = std::int64_t{1} << 20;
+  const bool planes = plan.fold > 1, side_by_side = plan.work == Work::columns && !planes;
   if (operation == Operation::inference) return (!several_threads ? 8 : side_by_side ? 11 : 14) * kMega;
-  if (operation == Operation::forward) return (several_threads ? 7 : 6) * kMega;
+  if (operation == Operation::forward) return (several_threads || planes ? 7 : 6) * kMega;
   return several_threads ? 6 * kMega : 9 * kMega / 2;
 }
 
 inline bool Problem::stream() const {
   const auto address = reinterpret_cast<std::uintptr_t>(args.y);
-  const bool side_by_side = plan.work == Work::columns && plan.fold == 1;
-  return bytes(1) >= stream_bytes(operation, get_num_threads() > 1, side_by_side) && plan.y.direct &&
-         args.y != args.x && args.y != args.dy && address % static_cast<std::uintptr_t>(size(args.dtype)) == 0;
+  return bytes(1) >= stream_bytes(operation, get_num_threads() > 1, plan) && plan.y.direct && args.y != args.x &&
+         args.y != args.dy && address % static_cast<std::uintptr_t>(size(args.dtype)) == 0;
 }
 
 // C is float or double.
