@@ -604,7 +604,6 @@ void column_apply(const ColumnApply& a) {
     a.weight != nullptr ? apply_lines<T, V, ApplyOf::inference, true>(a)
                         : apply_lines<T, V, ApplyOf::inference, false>(a);
   }
-  if (a.stream) fence();
 }
 
 // ---- backward: sums ----------------------------------------------------------------------------------------------
@@ -854,7 +853,6 @@ void column_gradient(const ColumnGradient& a) {
   } else {
     a.weight != nullptr ? gradient_lines<T, V, D, true, false>(a) : gradient_lines<T, V, D, false, false>(a);
   }
-  if (a.stream) fence();
 }
 
 }  // namespace LANENORM_ISA

@@ -43,7 +43,8 @@ using PieceFunction = void (*)(void* context, std::int64_t piece);
 void run_pieces(std::int64_t pieces, std::int64_t bytes, PieceFunction function, void* context);
 
 // Runs body(piece) once for every piece in [0, pieces) and returns when all are done; what bodies wrote is then visible
-// to the caller. Any thread. No allocation once the pool's threads are running.
+// to the caller, and to whom the caller tells; so is, in a job of kSerialBytes and more, what they wrote past the
+// caches. Any thread. No allocation once the pool's threads are running.
 //
 // bytes: memory traffic of the whole job, which decides how many threads it is worth. Below kSerialBytes, inside
 // another parallel_for, or while another thread's call has the pool, the caller runs all pieces itself in index order.

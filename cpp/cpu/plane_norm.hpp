@@ -337,7 +337,6 @@ LANENORM_INLINE void apply_planes(const PlaneApply& a, const typename V::Scalar*
                        [&](auto n, auto stream, std::int64_t row, std::int64_t head) LANENORM_LAMBDA_INLINE {
                          apply_lines<decltype(n)::value, decltype(stream)::value, T, V>(a, row, head, arrays, formula);
                        });
-  if (a.stream) fence();
 }
 
 // Lines one by one in an inference, which has one at a time, and where weights stay apart, which is rare.
@@ -470,7 +469,6 @@ void plane_gradient(const PlaneGradient& a) {
                             [&](auto n, auto stream, std::int64_t row, std::int64_t head) LANENORM_LAMBDA_INLINE {
                               gradient_lines<decltype(n)::value, decltype(stream)::value, T, V>(a, row, head, arrays);
                             });
-  if (a.stream) fence();
 }
 
 }  // namespace LANENORM_ISA

@@ -231,7 +231,6 @@ void row_apply(const RowApply& a) {
       });
     });
   }
-  if (a.stream) fence();
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
@@ -454,7 +453,6 @@ void row_forward(const RowForward& a) {
       forward_groups<T, V, D>(a, SharedAffine<decltype(affine)>{affine});
     });
   }
-  if (a.stream) fence();
 }
 
 // ---- backward: sums ----------------------------------------------------------------------------------------------
@@ -741,7 +739,6 @@ void row_gradient(const RowGradient& a) {
                          });
       }
     }
-    if (a.stream) fence();
     return;
   }
   with_gradient_block<T, V, D>(a, [&](auto gradient) {
@@ -750,7 +747,6 @@ void row_gradient(const RowGradient& a) {
       gradient(a, first, rows, constants + first, reinterpret_cast<char* const*>(a.dx) + first, {a.stream, false});
     }
   });
-  if (a.stream) fence();
 }
 
 // Sums of `rows` <= 8 rows, one in each lane; the others are 0. dx of the rows before leaves the stage meanwhile.
@@ -871,7 +867,6 @@ void row_backward(const RowBackward& a) {
       }
     }
   });
-  if (a.stream) fence();
 }
 
 template <class S, class D>

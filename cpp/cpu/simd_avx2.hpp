@@ -22,8 +22,6 @@ LANENORM_INLINE __m256i mask_pd(int count, int first = 0) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnesThenZeros + 16 - 2 * count + 2 * first));
 }
 
-LANENORM_INLINE void fence() { _mm_sfence(); }
-
 // Writes the first `words` (below 1: none, from 8 on: all) of 8 of 4 bytes: 4, then 2, then 1, as the bits of words
 // say. 4096 x 20 with masked stores 181 us, and so 87. Not forced inline: it is used once per line.
 inline void store_words(__m256 v, void* p, int words) {

@@ -20,8 +20,6 @@ inline namespace LANENORM_ISA {
 LANENORM_INLINE __mmask8 mask8(int count) { return static_cast<__mmask8>((1u << count) - 1u); }
 LANENORM_INLINE __mmask16 mask16(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 
-LANENORM_INLINE void fence() { _mm_sfence(); }
-
 // ---- 16-bit storage: 16 halves in 256 bits -----------------------------------------------------------------------
 
 template <class T>

@@ -11,7 +11,7 @@
 //   fold()                     sum of lanes by halving: lane i + lane i + half, and so on
 //   fold8(v)                   the folds of eight vectors, v[i].fold() in lane i of an F64x8
 //   stream<T>(p)               store<T>(p) past the caches; p a multiple of 64 bytes (of 32 for 16-bit T); other
-//                              threads see it after fence()
+//                              threads see it at the end of a parallel_for
 //   wide(part), narrow(parts)  to and from F64x8: part 0 holds lanes 0..7, part 1 lanes 8..15
 //   kRegisters                 how many registers a vector takes
 #pragma once
@@ -53,8 +53,6 @@ LANENORM_INLINE float magnitude(float a) { return __builtin_fabsf(a); }
 LANENORM_INLINE double magnitude(double a) { return __builtin_fabs(a); }
 LANENORM_INLINE float root(float a) { return __builtin_sqrtf(a); }
 LANENORM_INLINE double root(double a) { return __builtin_sqrt(a); }
-
-LANENORM_INLINE void fence() {}
 
 // What the two types share.
 template <class Self, class S, int N>

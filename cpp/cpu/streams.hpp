@@ -1,4 +1,5 @@
 // Lines as kernels write them: in cache, or past the caches by streaming stores, which must fill whole cache lines.
+// That other threads see those is parallel_for's business.
 #pragma once
 
 #include <cstdint>
@@ -127,10 +128,7 @@ class Stage {
       : active_(stream && row_bytes <= kRow &&
                 (row_bytes | static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(first))) % 64 != 0),
         row_bytes_(row_bytes) {}
-  LANENORM_INLINE ~Stage() {
-    flush();
-    if (active_) fence();
-  }
+  LANENORM_INLINE ~Stage() { flush(); }
   Stage(const Stage&) = delete;
   Stage& operator=(const Stage&) = delete;
 

@@ -312,7 +312,6 @@ void check_stream(const Lanes<S>& lanes) {
   std::memset(streamed, 0xa5, sizeof streamed);
   std::memset(stored, 0xa5, sizeof stored);
   of<V>(lanes).template stream<T>(streamed + 64);
-  lanenorm::fence();
   of<V>(lanes).template store<T>(stored + 64);
   CHECK(std::memcmp(streamed, stored, sizeof stored) == 0);
 }
