@@ -475,6 +475,11 @@ class RowDriver {
     });
   }
 
+  // Where sums begin, beyond the place of x within a page: rows of whole pages all begin at one place, and a load waits
+  // for a store before it to the same place of another page. 16384 x 1024 at 0 and 128 bytes 39.5 cycles a vector, at
+  // 512 to 3200 35.
+  static constexpr std::int64_t kSums = 3072;
+
   // Room for sums of kFlushRows rows of `columns` columns of dweight and of dbias; null where they are not wanted.
   struct Sums {
     void *dweight, *dbias;
@@ -483,8 +488,9 @@ class RowDriver {
     if (p_.dweight == nullptr) return {nullptr, nullptr};
     Buffer& buffer = thread_buffer(Slot::sums);
     const std::int64_t pitch = padded(columns);
-    buffer.reserve(2 * pitch * static_cast<std::int64_t>(sizeof(C)));
-    return {buffer.as<C>(), buffer.as<C>() + pitch};
+    buffer.reserve(2 * pitch * static_cast<std::int64_t>(sizeof(C)) + kBesidePage);
+    C* sums = reinterpret_cast<C*>(beside(buffer.data(), p_.args.x, kSums));
+    return {sums, sums + pitch};
   }
 
   static void zero(double* totals, std::int64_t count) {

@@ -459,12 +459,13 @@ void row_forward(const RowForward& a) {
 
 // What is fetched where dx is streamed. Writing dx interrupts both streams, and the processor takes a while to follow
 // them again: 25088 x 192 1.65 -> 1.15 times 1.5 copies, 4096 x 4096 1.25 -> 1.15; 4 to 12 KB ahead are alike. Of rows
-// of 512 bytes to 3 KB only x is fetched by the sums, and dy while dx is written or staged, so that memory is never
-// idle: 25088 x 192 7.3 -> 6.1 ns a vector, 4096 x 768 6.2 -> 5.4, 16384 x 500 8.3 -> 7.3; others lose by it, 8192 x
-// 1600 8.5 -> 8.9.
+// of 512 bytes and more only x is fetched by the sums, and dy while dx is written or staged, so that memory is never
+// idle; beyond the group of rows that is being written, of large ones two groups ahead (one: 0.95..1.08 of the time).
+// 25088 x 192 7.3 -> 6.1 ns a vector, 4096 x 768 6.2 -> 5.4, 16384 x 500 8.3 -> 7.3, 10485 x 1600 9.2 -> 7.9, 8192 x
+// 2000 9.0 -> 8.2, 1024 x 16384 10.5 -> 9.3; rows of 4, 8 and 16 KB, which lie alike within their pages, gain 3..5 %.
 enum class Fetch { none, x, both };
 inline constexpr std::int64_t kAhead = 6144;
-inline constexpr std::int64_t kFarAhead = 12288;  // beyond the rows that are being written
+inline constexpr std::int64_t kFarAhead = 12288, kLargestGroup = 262144;
 
 // Sums of g = dy * weight, g t and t, t = (x - mean) * rstd, in lanes of L.
 template <class L>
@@ -477,17 +478,18 @@ struct Nothing {  // is done beside the sums
 };
 
 // The elements start..stop of a line, at most kSuperblock vectors: trees of 8, then what is left one by one.
-// meanwhile(): what else is done beside each 8.
+// far: how many bytes ahead Fetch::x fetches. meanwhile(): what else is done beside each 8.
 template <class T, class V, bool kWeight, Fetch kFetch, class M>
 LANENORM_INLINE GradientLanes<V> superblock_gradient_sums(const char* x, const char* dy,
                                                           const typename V::Scalar* weight, std::int64_t start,
-                                                          std::int64_t stop, V mean, V rstd, const M& meanwhile) {
+                                                          std::int64_t stop, V mean, V rstd, std::int64_t far,
+                                                          const M& meanwhile) {
   using S = typename V::Scalar;
   constexpr std::int64_t kLanes = V::kLanes;
   constexpr std::int64_t kBytes = sizeof(T);
   GradientLanes<V> sums{V::zero(), V::zero(), V::zero()};
   const auto one = [&](std::int64_t at, auto part, V* g, V* t) LANENORM_LAMBDA_INLINE {
-    if constexpr (kFetch == Fetch::x) __builtin_prefetch(x + at * kBytes + kFarAhead, 0, 2);
+    if constexpr (kFetch == Fetch::x) __builtin_prefetch(x + at * kBytes + far, 0, 2);
     if constexpr (kFetch == Fetch::both) {
       __builtin_prefetch(x + at * kBytes + kAhead, 0, 2);
       __builtin_prefetch(dy + at * kBytes + kAhead, 0, 2);
@@ -529,12 +531,12 @@ LANENORM_INLINE bool folds_unwidened(std::int64_t length) {
 // A line joins the sums: lanes of its superblocks go to double.
 template <class T, class V, class D, bool kWeight, Fetch kFetch, class M>
 LANENORM_INLINE void add_line_sums(const char* x, const char* dy, const typename V::Scalar* weight, std::int64_t length,
-                                   V mean, V rstd, const M& meanwhile, GradientLanes<D>* total) {
+                                   V mean, V rstd, std::int64_t far, const M& meanwhile, GradientLanes<D>* total) {
   constexpr std::int64_t kElements = kSuperblock * V::kLanes;
   for (std::int64_t start = 0; start < length; start += kElements) {
     const std::int64_t stop = length < start + kElements ? length : start + kElements;
     const GradientLanes<V> sums =
-        superblock_gradient_sums<T, V, kWeight, kFetch>(x, dy, weight, start, stop, mean, rstd, meanwhile);
+        superblock_gradient_sums<T, V, kWeight, kFetch>(x, dy, weight, start, stop, mean, rstd, far, meanwhile);
     LANENORM_UNROLL
     for (int part = 0; part < V::kWide; ++part) {
       total->g = total->g + sums.g.wide(part);
@@ -553,13 +555,13 @@ LANENORM_INLINE PieceSums sums_of_runs(const RowSums& a) {
   const char* const* dy = reinterpret_cast<const char* const*>(a.dy);
   if (a.runs == 1 && folds_unwidened<V>(a.length)) {
     const GradientLanes<V> sums =
-        superblock_gradient_sums<T, V, kWeight, kFetch>(x[0], dy[0], weight, 0, a.length, mean, rstd, Nothing{});
+        superblock_gradient_sums<T, V, kWeight, kFetch>(x[0], dy[0], weight, 0, a.length, mean, rstd, 0, Nothing{});
     return {sums.g.fold(), sums.gt.fold(), sums.t.fold()};
   }
   GradientLanes<D> total{D::zero(), D::zero(), D::zero()};
   for (std::int64_t run = 0; run < a.runs; ++run) {
     add_line_sums<T, V, D, kWeight, kFetch>(x[run], dy[run], kWeight ? weight + run * a.length : nullptr, a.length,
-                                            mean, rstd, Nothing{}, &total);
+                                            mean, rstd, 0, Nothing{}, &total);
   }
   return {total.g.fold(), total.gt.fold(), total.t.fold()};
 }
@@ -587,9 +589,10 @@ struct Gradients {
         factor(V::broadcast(c.factor)) {}
 };
 
-// Whether dx goes past the caches, and whether dy is fetched while it is written.
+// Whether dx goes past the caches, and how many bytes ahead dy is fetched while it is written; 0: it is not.
 struct Writing {
-  bool stream, fetch;
+  bool stream;
+  std::int64_t far;
 };
 
 // Elements begin..end of dx of N rows: kRowBlock or one; with kParameters the sums over the rows of dy * xhat and dy
@@ -599,7 +602,7 @@ template <int N, class T, class V, bool kWeight, bool kParameters, bool kStream,
 LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_, char* const* dx_, std::int64_t begin,
                                    std::int64_t end, const typename V::Scalar* weight,
                                    const GradientConstants<typename V::Scalar>* c, typename V::Scalar* sum_dweight,
-                                   typename V::Scalar* sum_dbias, bool fresh) {
+                                   typename V::Scalar* sum_dbias, bool fresh, std::int64_t far) {
   using S = typename V::Scalar;
   constexpr std::int64_t kBytes = sizeof(T);
   static_assert(N == 1 || N == 4);
@@ -625,7 +628,7 @@ LANENORM_INLINE void gradient_rows(const char* const* x_, const char* const* dy_
     // All loads before the stores: rows a multiple of 4 KB apart would make each load wait for the store before it.
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if constexpr (kFetchDy) __builtin_prefetch(dy[r] + i * kBytes + kFarAhead, 0, 2);
+      if constexpr (kFetchDy) __builtin_prefetch(dy[r] + i * kBytes + far, 0, 2);
       g[r] = load<T, V>(dy[r] + i * kBytes, part);
       xhat[r] = normalize(load<T, V>(x[r] + i * kBytes, part), k[r].mean, k[r].rstd, k[r].shift);
     }
@@ -668,16 +671,17 @@ template <class T, class V, class D, bool kWeight, bool kParameters>
       // Rows that are not summed gain nothing by each other, and the constants of 4 do not fit the registers of AVX2:
       // BN of 1 x 1024 x 14 x 14 77 -> 63 us. (AVX-512, which holds them: 1 x 512 x 28 x 28 loses 6 % one by one.)
       if ((kParameters || V::kRegisters == 1) && rows == kRowBlock) {
-        gradient_rows<kRowBlock, T, V, kWeight, kParameters, kStream, kFetchDy>(x, dy, dx, begin, end, w, constants,
-                                                                                sum_dweight, sum_dbias, fresh);
+        gradient_rows<kRowBlock, T, V, kWeight, kParameters, kStream, kFetchDy>(
+            x, dy, dx, begin, end, w, constants, sum_dweight, sum_dbias, fresh, writing.far);
       } else {
         for (std::int64_t r = 0; r < rows; ++r) {
-          gradient_rows<1, T, V, kWeight, kParameters, kStream, kFetchDy>(
-              x + r, dy + r, dx + r, begin, end, w, constants + r, sum_dweight, sum_dbias, fresh && r == 0);
+          gradient_rows<1, T, V, kWeight, kParameters, kStream, kFetchDy>(x + r, dy + r, dx + r, begin, end, w,
+                                                                          constants + r, sum_dweight, sum_dbias,
+                                                                          fresh && r == 0, writing.far);
         }
       }
     };
-    writing.fetch ? fetched(std::true_type{}) : fetched(std::false_type{});
+    writing.far > 0 ? fetched(std::true_type{}) : fetched(std::false_type{});
   };
   const std::int64_t head = writing.stream ? common_head<T>(dx, rows, a.length) : -1;
   if (head != 0) elements(std::false_type{}, 0, head < 0 ? a.length : head);
@@ -744,7 +748,7 @@ void row_gradient(const RowGradient& a) {
   with_gradient_block<T, V, D>(a, [&](auto gradient) {
     for (std::int64_t first = 0; first < a.rows; first += kRowBlock) {
       const std::int64_t rows = a.rows - first < kRowBlock ? a.rows - first : kRowBlock;
-      gradient(a, first, rows, constants + first, reinterpret_cast<char* const*>(a.dx) + first, {a.stream, false});
+      gradient(a, first, rows, constants + first, reinterpret_cast<char* const*>(a.dx) + first, {a.stream, 0});
     }
   });
 }
@@ -752,7 +756,7 @@ void row_gradient(const RowGradient& a) {
 // Sums of `rows` <= 8 rows, one in each lane; the others are 0. dx of the rows before leaves the stage meanwhile.
 // kUnwidened: folds_unwidened().
 template <class T, class V, class D, bool kWeight, Fetch kFetch, bool kUnwidened>
-[[gnu::noinline]] GradientLanes<D> sums_of_rows(const RowBackward& a, std::int64_t first, int rows,
+[[gnu::noinline]] GradientLanes<D> sums_of_rows(const RowBackward& a, std::int64_t first, int rows, std::int64_t far,
                                                 BackwardStage<D>* stage) {
   using L = std::conditional_t<kUnwidened, V, D>;
   using S = typename V::Scalar;
@@ -770,9 +774,9 @@ template <class T, class V, class D, bool kWeight, Fetch kFetch, bool kUnwidened
     if (r < rows) {
       const V m = V::broadcast(mean[r]), s = V::broadcast(rstd[r]);
       if constexpr (kUnwidened) {
-        sums = superblock_gradient_sums<T, V, kWeight, kFetch>(x[r], dy[r], weight, 0, a.length, m, s, Nothing{});
+        sums = superblock_gradient_sums<T, V, kWeight, kFetch>(x[r], dy[r], weight, 0, a.length, m, s, far, Nothing{});
       } else {
-        add_line_sums<T, V, D, kWeight, kFetch>(x[r], dy[r], weight, a.length, m, s, drain, &sums);
+        add_line_sums<T, V, D, kWeight, kFetch>(x[r], dy[r], weight, a.length, m, s, far, drain, &sums);
       }
     }
     g[r] = sums.g;
@@ -784,7 +788,8 @@ template <class T, class V, class D, bool kWeight, Fetch kFetch, bool kUnwidened
 }
 
 template <class D>
-using SumRows = GradientLanes<D> (*)(const RowBackward& a, std::int64_t first, int rows, BackwardStage<D>* stage);
+using SumRows = GradientLanes<D> (*)(const RowBackward& a, std::int64_t first, int rows, std::int64_t far,
+                                     BackwardStage<D>* stage);
 
 // sums_of_rows for what there is to read.
 template <class T, class V, class D, bool kWeight, bool kUnwidened>
@@ -834,7 +839,9 @@ void row_backward(const RowBackward& a) {
   const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T));
   const std::int64_t group = 2 * 8 * row_bytes <= kGroupBytes ? 8 : kRowBlock;
   BackwardStage<D> stage(a.stream, row_bytes, a.dx[0]);
-  const bool split = a.stream && row_bytes >= 512 && group * row_bytes <= kFarAhead;
+  const std::int64_t group_bytes = group * row_bytes;
+  const bool split = a.stream && row_bytes >= 512 && group_bytes <= kLargestGroup;
+  const std::int64_t far = !split ? 0 : group_bytes < kFarAhead ? kFarAhead : 2 * group_bytes;
   const auto sum = sums_of_rows_for<T, V, D>(a.weight != nullptr && !a.per_row, a.length,
                                              !a.stream ? Fetch::none
                                              : split   ? Fetch::x
@@ -858,10 +865,10 @@ void row_backward(const RowBackward& a) {
   with_gradient_block<T, V, D>(block, [&](auto gradient) {
     for (std::int64_t first = 0; first < a.rows; first += group) {
       const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
-      finish_gradients<T, V, D>(a, first, rows, sum(a, first, rows, &stage), constants);
+      finish_gradients<T, V, D>(a, first, rows, sum(a, first, rows, far, &stage), constants);
       char* table[8];
       char* const* dx = stage.lines(a.dx + first, rows, table);
-      const Writing writing{a.stream && dx != table, split};
+      const Writing writing{a.stream && dx != table, far};
       for (int r = 0; r < rows; r += kRowBlock) {
         gradient(block, first + r, rows - r < kRowBlock ? rows - r : kRowBlock, constants + r, dx + r, writing);
       }
