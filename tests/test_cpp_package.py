@@ -161,6 +161,14 @@ def test_cpp_package_as_a_folder_leaves_its_parent_alone(tmp_path):
     assert all("-O3" in entry["command"] for entry in commands if "/cpp/cpu/" in entry["file"])
 
 
+@pytest.mark.parametrize(("isas", "message"), [("avx2", "lacks portable"), ("portable;avx521", "avx521 is none of")])
+def test_cpp_package_says_which_isas_there_are(tmp_path, isas, message):
+    done = configure(EXAMPLE, tmp_path, f"-DLANENORM_SOURCE={ROOT}", f"-DLANENORM_ISAS={isas}", check=False)
+    assert done.returncode != 0
+    assert f"LANENORM_ISAS: {isas.split(';')[-1]}" in done.stdout + done.stderr
+    assert message in " ".join((done.stdout + done.stderr).split())
+
+
 # ---- The interface --------------------------------------------------------------------------------------------------
 
 
