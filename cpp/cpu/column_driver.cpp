@@ -22,9 +22,9 @@ namespace {
 // are swept again, lose more by short stretches of memory than they gain: 784 x 512 in tiles of 160 columns forward 98,
 // backward 159 us, in one tile 75 and 128; 768 x 16384 6.5 and 11.4 ms, 4.9 and 9.5.
 constexpr std::int64_t kTileRowBytes = 4096;
-// Bytes of a tile of planes, if its rows do not exceed this at a page: planes have one constant for all of their
-// elements. 8x1024x14x14 in tiles of 4 planes (25 KB), 10, 20 and 41: forward 388, 357, 344, 328 us, backward 538, 504,
-// 454, 518; 32x256x14x14 in 4 (100 KB) and 20: 347 and 351, 486 and 505.
+// Bytes of a tile of planes, whose rows are longer than a page where they are few, as planes have one constant for all
+// of their elements. 8x1024x14x14 in tiles of 4 planes (25 KB), 10, 20 and 41: forward 388, 357, 344, 328 us, backward
+// 538, 504, 454, 518; 32x256x14x14 in 4 (100 KB) and 20: 347 and 351, 486 and 505.
 constexpr std::int64_t kPlaneTileBytes = 131072;
 constexpr std::int64_t kAheadInLine = 1024;  // bytes that planes fetch ahead in each line; no other was tried
 // Two tiles with all their rows that L2 may hold.
