@@ -23,8 +23,8 @@ namespace {
 // backward 159 us, in one tile 75 and 128; 768 x 16384 6.5 and 11.4 ms, 4.9 and 9.5.
 constexpr std::int64_t kTileRowBytes = 4096;
 // Bytes of a tile of planes, whose rows are longer than a page where they are few, as planes have one constant for all
-// of their elements. 8x1024x14x14 in tiles of 4 planes (25 KB), 10, 20 and 41: forward 388, 357, 344, 328 us, backward
-// 538, 504, 454, 518; 32x256x14x14 in 4 (100 KB) and 20: 347 and 351, 486 and 505.
+// of their elements. 8x2048x7x7 in tiles of 25, 64, 128 and 256 KB: forward 168, 162, 156, 156 us, backward 257, 242,
+// 232, 233; backward of 8x1024x14x14 470, 443, 430..490, 480..590.
 constexpr std::int64_t kPlaneTileBytes = 131072;
 constexpr std::int64_t kAheadInLine = 1024;  // bytes that planes fetch ahead in each line; no other was tried
 // Two tiles with all their rows that L2 may hold.

@@ -599,13 +599,11 @@ LANENORM_INLINE void apply_lines(const ColumnApply& a) {
     for (; row + N <= a.rows; row += N) apply_rows<N, kStream, T, V, kApply, kGeneral>(a, row);
     for (; row < a.rows; ++row) apply_rows<1, kStream, T, V, kApply, kGeneral>(a, row);
   };
-  const auto stream = [&](auto n) LANENORM_LAMBDA_INLINE { rows(n, std::true_type{}); };
-  const auto keep = [&](auto n) LANENORM_LAMBDA_INLINE { rows(n, std::false_type{}); };
-  if (a.stream) {
-    pages_follow<T>(a) ? stream(Count<2>{}) : stream(Count<kApplyRows>{});
-  } else {
-    pages_apart(a) ? keep(Count<2>{}) : keep(Count<kApplyRows>{});
-  }
+  const bool two = a.stream ? pages_follow<T>(a) : pages_apart(a);
+  const auto written = [&](auto stream) LANENORM_LAMBDA_INLINE {
+    two ? rows(Count<2>{}, stream) : rows(Count<kApplyRows>{}, stream);
+  };
+  a.stream ? written(std::true_type{}) : written(std::false_type{});
 }
 
 template <class T, class V>

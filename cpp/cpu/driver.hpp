@@ -53,8 +53,8 @@ struct Problem {
 // and these are the sizes that lose little in either state (forward of 8.0 MB 273 and 361). Inference of 12.8 MB on two
 // threads, streamed and in cache: planes, walked through, 520 and 420 us, rows of columns, four side by side, 516 and
 // 770. A backward, with one array more, gains sooner: 1568 x 768 (4.8 MB) on one thread 490 us, 400 streamed. A forward
-// of small planes, which waits for its streaming stores at the end of every tile, gains later: streamed and in cache
-// 8 x 1024 x 14 x 14 344 and 272 us, two in a row 905 and 790; 10 x 1024 x 14 x 14 432 and 408, 1149 and 1324.
+// of small planes gains later: streamed and in cache 8 x 1024 x 14 x 14 (6.4 MB) 324 and 295 us, two in a row 859 and
+// 850..900; 10 x 1024 x 14 x 14 408 and 395, 1093 and 1296.
 constexpr std::int64_t stream_bytes(Operation operation, bool several_threads, const Plan& plan) {
   constexpr std::int64_t kMega = std::int64_t{1} << 20;
   const bool planes = plan.fold > 1, side_by_side = plan.work == Work::columns && !planes;

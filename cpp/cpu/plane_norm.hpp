@@ -286,7 +286,7 @@ inline constexpr int kPlaneLines = 4;  // lines that share constants, where they
 
 // f(Count<lines>, Count<stream>, line, elements before the first cache line) for lines that are written together, at
 // most kLines. Streamed ones go one by one, as a processor combines few streams of stores at a time: backward of
-// 8x1024x14x14, 16x1024x14x14, 64x256x14x14, 32x2048x7x7, 16x2048x7x7 0.94, 0.90, 1.0, 0.94, 1.01 of the time of four
+// 8x1024x14x14, 16x1024x14x14, 64x256x14x14, 32x2048x7x7, 16x2048x7x7 0.92, 0.92, 0.97, 0.95, 0.98 of the time of four
 // side by side (on two threads 0.89, 0.90, 0.98, 1.03, 1.03), forward 0.97..1.01. Not streamed 32x512x7x7 takes 1.1.
 template <class T, int kLines, class F>
 LANENORM_INLINE void for_lines(void* const* lines, std::int64_t rows, std::int64_t elements, bool stream, const F& f) {

@@ -459,8 +459,9 @@ void row_forward(const RowForward& a) {
 
 // What is fetched where dx is streamed. Writing dx interrupts both streams, and the processor takes a while to follow
 // them again: 25088 x 192 1.65 -> 1.15 times 1.5 copies, 4096 x 4096 1.25 -> 1.15; 4 to 12 KB ahead are alike. Of rows
-// of 512 bytes and more only x is fetched by the sums, and dy while dx is written or staged, so that memory is never
-// idle; beyond the group of rows that is being written, of large ones two groups ahead (one: 0.95..1.08 of the time).
+// of 512 bytes to 64 KB (kLargestGroup) only x is fetched by the sums, and dy while dx is written or staged, so that
+// memory is never idle; beyond the group of rows that is being written, of large ones two groups ahead (one group took
+// 0.93..1.15 of the time).
 // 25088 x 192 7.3 -> 6.1 ns a vector, 4096 x 768 6.2 -> 5.4, 16384 x 500 8.3 -> 7.3, 10485 x 1600 9.2 -> 7.9, 8192 x
 // 2000 9.0 -> 8.2, 1024 x 16384 10.5 -> 9.3; rows of 4, 8 and 16 KB, which lie alike within their pages, gain 3..5 %.
 enum class Fetch { none, x, both };
