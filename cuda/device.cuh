@@ -11,7 +11,7 @@
 //   cluster_rank(), cluster_size(), sync_cluster(), of_block(mine, rank)     blocks that share their shared memory
 //   copy_async_16, copy_commit, copy_wait<N>     global to shared memory in the background
 //   load_words, store_words, load_global, store_global and their streaming forms     aligned global memory
-//   to_float, to_half, to_half_pair              float16 and bfloat16, as in core/halves.hpp
+//   to_float, to_half, and of pairs              float16 and bfloat16, as in core/halves.hpp
 //   sqrt_rn, divide_rn                           IEEE, rounded to nearest
 //
 // Masks name lanes of the caller's warp, the caller's among them; no named lane has exited.
@@ -230,6 +230,20 @@ __device__ __forceinline__ float to_float(Float16 v) {
   return result;
 }
 __device__ __forceinline__ float to_float(BFloat16 v) { return __uint_as_float(std::uint32_t{v.bits} << 16); }
+
+// The two values in a word, that of its lower half first. One instruction each: of two single halves it would be up to
+// three for the upper one.
+template <class T>
+__device__ __forceinline__ void to_float_pair(std::uint32_t pair, float* low, float* high) {
+  if constexpr (std::is_same_v<T, Float16>) {
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(*low), "=f"(*high)
+        : "r"(pair));
+  } else {
+    *low = __uint_as_float(pair << 16);
+    *high = __uint_as_float(pair & 0xffff0000u);
+  }
+}
 
 template <class T>
 __device__ __forceinline__ T to_half(float v);

@@ -57,9 +57,14 @@ __device__ __forceinline__ float to_compute(BFloat16 v) { return device::to_floa
 // The E numbers of a word in the compute type.
 template <class T>
 __device__ __forceinline__ void unpack(const Words& word, Compute<T>* out) {
-  const Elements<T> elements = elements_of<T>(word);
+  if constexpr (sizeof(T) == 2) {
 #pragma unroll
-  for (int e = 0; e < kPerWord<T>; ++e) out[e] = to_compute(elements.value[e]);
+    for (int i = 0; i < 4; ++i) device::to_float_pair<T>(word.w[i], out + 2 * i, out + 2 * i + 1);
+  } else {
+    const Elements<T> elements = elements_of<T>(word);
+#pragma unroll
+    for (int e = 0; e < kPerWord<T>; ++e) out[e] = to_compute(elements.value[e]);
+  }
 }
 
 // Rounded to T.

@@ -13,8 +13,9 @@
 namespace lanenorm {
 inline namespace LANENORM_ISA {
 
-__device__ __forceinline__ float magnitude(float v) { return v < 0.0f ? -v : v; }
-__device__ __forceinline__ double magnitude(double v) { return v < 0.0 ? -v : v; }
+// A modifier of the operand; a comparison would be an instruction and a selection.
+__device__ __forceinline__ float magnitude(float v) { return __builtin_fabsf(v); }
+__device__ __forceinline__ double magnitude(double v) { return __builtin_fabs(v); }
 
 // Sets of moments that are kept of data read twice: unscaled, and of float64 with either scale. set: 1 or 2
 template <class T>

@@ -175,6 +175,11 @@ inline double divide_rn(double a, double b) { return a / b; }
 inline float to_float(Float16 v) { return widen(v); }
 inline float to_float(BFloat16 v) { return widen(v); }
 template <class T>
+void to_float_pair(std::uint32_t pair, float* low, float* high) {
+  *low = widen(T{static_cast<std::uint16_t>(pair)});
+  *high = widen(T{static_cast<std::uint16_t>(pair >> 16)});
+}
+template <class T>
 T to_half(float v) {
   return narrow<T>(v);
 }
