@@ -11,31 +11,33 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 // ---- the table ---------------------------------------------------------------------------------------------------
 //
-// Rows up to `words` words, forward. A word is 16 bytes. More lanes shorten the chain of dependent operations, more
-// words a lane put more bytes in flight; 8 words a lane are 32 registers for this row and 32 for the next.
+// Rows up to `words` words, forward. A word is 16 bytes. A lane has 8 words in flight, those of several rows where one
+// has fewer: 64 KB an SM (48 of 16-bit types) in 4 (3) blocks of 4 warps, which load, compute and store at different
+// times.
 //
-//   words    lanes x words a lane
+//   words    lanes x words a lane x rows at a time
 struct GroupRow {
   std::int64_t words;
   GroupShape shape;
 };
 constexpr GroupRow kForwardGroups[] = {
-    {8, {8, 1}},     //  128 B   16 rows a block, 7 blocks an SM: with the next rows 28 KB in flight an SM
-    {16, {16, 1}},   //  256 B    8 rows, 7 blocks: 28 KB
-    {32, {16, 2}},   //  512 B    8 rows, 5 blocks: 40 KB
-    {64, {32, 2}},   //    1 KB   4 rows, 5 blocks: 40 KB
-    {128, {32, 4}},  //    2 KB   4 rows, 4 blocks: 64 KB
-    {256, {32, 8}},  //    4 KB   4 rows, 2 blocks: 64 KB
+    {8, {8, 1, 8}},     //  128 B   128 rows a block
+    {16, {16, 1, 8}},   //  256 B    64
+    {32, {16, 2, 4}},   //  512 B    32
+    {64, {32, 2, 4}},   //    1 KB   16
+    {128, {32, 4, 2}},  //    2 KB    8
+    {256, {32, 8, 1}},  //    4 KB    4
 };
-// A row to a block: 4 warps of 4 words a lane up to 8 KB, 8 warps up to 32 KB.
+// A row to a block of so many warps, or two: 4 or 2 blocks an SM, 64 KB in flight.
 struct BlockRow {
   std::int64_t words;
-  int warps, words_a_lane;
+  int warps;
+  GroupShape shape;
 };
 constexpr BlockRow kForwardBlocks[] = {
-    {512, 4, 4},   //  8 KB   4 blocks an SM: with the next rows 64 KB in flight
-    {1024, 8, 4},  // 16 KB   2 blocks: 64 KB
-    {2048, 8, 8},  // 32 KB   1 block: 64 KB
+    {512, 4, {32, 4, 2}},   //  8 KB
+    {1024, 8, {32, 4, 2}},  // 16 KB
+    {2048, 8, {32, 8, 1}},  // 32 KB
 };
 // Up to 96 KB a block where a cluster can share the row: two blocks then share an SM, and one loads while the other
 // stores.
@@ -45,7 +47,7 @@ constexpr int kPreferredPieces = 3;
 // words of x and dy, 8 registers a word, twice with the next row on its way: 16 columns of 4 bytes are
 // 16 * 4 + 4 * 8 * 2 = 128 registers, of 2 bytes 96; 8 of float64 are 128.
 constexpr GroupRow kBackwardGroups[] = {
-    {8, {8, 1}}, {16, {16, 1}}, {32, {16, 2}}, {64, {32, 2}}, {128, {32, 4}},
+    {8, {8, 1, 1}}, {16, {16, 1, 1}}, {32, {16, 2, 1}}, {64, {32, 2, 1}}, {128, {32, 4, 1}},
 };
 constexpr int backward_words(std::int64_t element_bytes) { return element_bytes == 2 ? 2 : 4; }
 constexpr int kSlabThreads = 256;
@@ -150,30 +152,35 @@ std::int64_t grid_of(std::int64_t work, int per_multiprocessor, const DeviceLimi
   return std::min<std::int64_t>(work, std::int64_t{per_multiprocessor} * device.multiprocessors);
 }
 
-RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype) {
+RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype, bool whole) {
   const std::int64_t rows = plan.statistics;
   const std::int64_t words = ceil_div(plan.reduced * size(dtype), kWord);
   RowForwardChoice choice{};
+  choice.whole = whole;
   choice.cluster = 1;
   const GroupRow* group = find(std::begin(kForwardGroups), std::end(kForwardGroups), words);
   if (group != std::end(kForwardGroups)) {
     choice.kind = RowKind::group;
     choice.shape = group->shape;
+    if (!whole) choice.shape.rows = 1;
     choice.threads = kGroupThreads;
+    const std::int64_t block_rows = kGroupThreads / choice.shape.lanes * choice.shape.rows;
     choice.blocks =
-        grid_of(ceil_div(rows, kGroupThreads / group->shape.lanes), forward_group_blocks(group->shape.words), device);
+        grid_of(ceil_div(rows, block_rows), forward_group_blocks(size(dtype), choice.shape.words, whole), device);
     return choice;
   }
   for (const BlockRow& block : kForwardBlocks) {
     if (words > block.words) continue;
     choice.kind = RowKind::block;
-    choice.shape = {32, block.words_a_lane};
+    choice.shape = block.shape;
+    if (!whole) choice.shape.rows = 1;
     choice.threads = 32 * block.warps;
     choice.warp_words = static_cast<int>(32 * ceil_div(words, 32 * block.warps));
-    choice.blocks = grid_of(rows, forward_blocks(block.words_a_lane) * kPieceWarps / block.warps, device);
+    const int blocks = forward_blocks(size(dtype), choice.shape.words, whole) * kPieceWarps / block.warps;
+    choice.blocks = grid_of(ceil_div(rows, choice.shape.rows), blocks, device);
     return choice;
   }
-  choice.shape = {32, kPieceWords};
+  choice.shape = {32, kPieceWords, 1};
   choice.threads = 32 * kPieceWarps;
   choice.pieces = ceil_div(words * kWord, kPieceBytes);
   if (choose_resident(device, &choice)) {
@@ -201,7 +208,7 @@ RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& devi
     choice.slab_words = group->shape.lanes * group->shape.words;
     per_multiprocessor = backward_group_blocks(group->shape.words * kWord * (size(dtype) == 2 ? 2 : 1));
   } else {
-    choice.shape = {32, lane_words};
+    choice.shape = {32, lane_words, 1};
     choice.threads = words <= lane_words * kSlabThreads / 2 ? kSlabThreads / 2 : kSlabThreads;
     choice.slab_words = choice.threads * lane_words;
     choice.slabs = ceil_div(words, choice.slab_words);

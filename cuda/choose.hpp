@@ -34,16 +34,21 @@ inline constexpr int kResidentBytes = 3072;
 inline constexpr int kResidentPieces = 7;
 
 // Blocks of 128 threads that an SM holds of the group kernels, which are compiled to fit: 65536 registers of an SM by
-// those of a thread. Forward, by words a lane: up to 72 registers for 1 word, 96, 128, 255 for 8.
-constexpr int forward_group_blocks(int words) { return words == 1 ? 7 : words == 2 ? 5 : words == 4 ? 4 : 2; }
+// those of a thread. Forward: 128 registers, 32 of which hold 8 words of 16 bytes; 168 where these are twice as many
+// numbers; 255 for 8 words a lane at any address.
+constexpr int forward_group_blocks(std::int64_t element_bytes, int words, bool whole) {
+  return !whole && words == 8 ? 2 : element_bytes == 2 ? 3 : 4;
+}
+// Of the block kernels of 256 threads: 128 or 255 registers.
+constexpr int forward_blocks(std::int64_t element_bytes, int words, bool whole) {
+  return words == 8 && (!whole || element_bytes == 8) ? 1 : 2;
+}
 // Backward, by the bytes of a lane's columns in the compute type: up to 96 registers for 16 bytes, 168, 255 for 64.
 constexpr int backward_group_blocks(int lane_bytes) { return lane_bytes <= 16 ? 5 : lane_bytes <= 32 ? 3 : 2; }
-// Of blocks of 256 threads, by words a lane: 128 or 255 registers.
-constexpr int forward_blocks(int words) { return words <= 4 ? 2 : 1; }
 
-// How a row lies in registers: `lanes` lanes, at most `words` words of 16 bytes each.
+// How rows lie in registers: a row in `lanes` lanes, at most `words` words of 16 bytes each; `rows` rows at a time.
 struct GroupShape {
-  int lanes, words;
+  int lanes, words, rows;
 };
 
 enum class RowKind {
@@ -55,10 +60,12 @@ enum class RowKind {
 
 struct RowForwardChoice {
   // By shape and dtype.
-  RowKind kind;  // resident or streamed: by the device
-  GroupShape shape;
+  RowKind kind;         // resident or streamed: by the device
+  GroupShape shape;     // its rows, on which no bit depends: 1 where `whole` is not
   int warp_words;       // block: words of a row that belong to a warp, a multiple of 32
   std::int64_t pieces;  // resident, streamed: of a row
+  // By the addresses.
+  bool whole;
   // By the device.
   int threads;
   int cluster;           // blocks of a row
@@ -146,7 +153,8 @@ struct PlaneChoice {
 };
 
 // plan.elements > 0, plan.work is rows: plan.statistics rows of plan.reduced elements.
-RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype);
+// whole: rows of x and y are whole words, aligned
+RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype, bool whole);
 RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype);
 
 // plan.elements > 0, plan.work is columns: plan.outer matrices of plan.lines_per_statistic rows, of which `columns`

@@ -181,7 +181,9 @@ struct alignas(16) Words {
 // Through the read-only path: for what no thread writes during this kernel.
 __device__ __forceinline__ Words load_words(const Words* p) {
   Words v;
-  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p));
   return v;
 }
 

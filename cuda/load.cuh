@@ -8,6 +8,9 @@
 // Where a run is not aligned, a word is cut out of the two aligned ones it lies in (the second comes out of L1), and an
 // aligned one to be stored is put together from a lane's word and its neighbour's. Bytes outside the run are neither
 // read nor written: the words at its ends go element by element.
+//
+// All that is nine tenths of a kernel's instructions, so kernels that it matters to exist twice: kWhole is said of runs
+// that are aligned and whole words, and leaves it out. The bits are the same.
 #pragma once
 
 #include <cstdint>
@@ -186,28 +189,40 @@ __device__ __forceinline__ Words load_word(const char* run, int bytes, int w) {
 }
 
 // A group of L lanes reads a run of at most V L words: lane l gets the words l, L + l, 2 L + l, ...
-template <class T, int L, int V>
+template <class T, int L, int V, bool kWhole = false>
 __device__ __forceinline__ void load_run(const char* run, int bytes, int lane, Words (&data)[V]) {
+  const char* mine = run + 16 * std::int64_t{lane};  // the others a constant away
 #pragma unroll
-  for (int v = 0; v < V; ++v) data[v] = load_word<T>(run, bytes, v * L + lane);
+  for (int v = 0; v < V; ++v) {
+    if constexpr (kWhole) {
+      data[v] = Words{};
+      if (16 * (v * L + lane) < bytes) {
+        data[v] = device::load_words_streaming(reinterpret_cast<const Words*>(mine + 16 * v * L));
+      }
+    } else {
+      data[v] = load_word<T>(run, bytes, v * L + lane);
+    }
+  }
 }
 
 // The inverse. All lanes of `mask`, one group, arrive here with the same run. bytes: may be 0
-template <class T, int L, int V>
+template <class T, int L, int V, bool kWhole = false>
 __device__ __forceinline__ void store_run(char* run, int bytes, unsigned mask, int lane, const Words (&data)[V]) {
-  const int shift = misaligned(run, 16);
+  const int shift = kWhole ? 0 : misaligned(run, 16);
   if (shift == 0) {
+    char* mine = run + 16 * std::int64_t{lane};
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int at = 16 * (v * L + lane);
       if (at + 16 <= bytes) {
-        device::store_words_streaming(reinterpret_cast<Words*>(run + at), data[v]);
-      } else if (at < bytes) {
+        device::store_words_streaming(reinterpret_cast<Words*>(mine + 16 * v * L), data[v]);
+      } else if (!kWhole && at < bytes) {
         store_edge<T>(run + at, 0, bytes - at, data[v]);
       }
     }
     return;
   }
+  if constexpr (kWhole) return;
   device::sync_warp(mask);  // in place, a neighbour may still have to read the aligned word this lane is to write
   Words carried{};          // by lane 0: the last lane's word of the step before
 #pragma unroll
@@ -237,18 +252,21 @@ __device__ __forceinline__ const char* parameters_from(const void* p, bool as_co
   return static_cast<const char*>(p) + first * static_cast<std::int64_t>(as_compute ? sizeof(Compute<T>) : sizeof(T));
 }
 
-// Word w of a parameter array for elements of T: E numbers from element w E on. What lies beyond `count` is zero.
-// as_compute: stored in the compute type, else in T. p: (count), 16-byte aligned
-template <class T>
-__device__ __forceinline__ void load_parameters(const void* p, bool as_compute, int count, int w, Compute<T>* out) {
+// Word `step` + `lane` of a parameter array for elements of T: E numbers from element (step + lane) E on. What lies
+// beyond `count` is zero. step: known to the compiler. as_compute: stored in the compute type, else in T. p: (count),
+// 16-byte aligned
+template <class T, bool kWhole = false>
+__device__ __forceinline__ void load_parameters(const void* p, bool as_compute, int count, int step, int lane,
+                                                Compute<T>* out) {
   constexpr int E = kPerWord<T>;
-  const int left = count - w * E;
+  const int left = count - (step + lane) * E;
   const auto words = [&](auto tag, int i, Compute<T>* to) {
     using S = typename decltype(tag)::Type;
-    const char* at = static_cast<const char*>(p) + 16 * (std::int64_t{w} * (E / kPerWord<S>)+i);
+    constexpr int kWords = E / kPerWord<S>;
+    const char* at = static_cast<const char*>(p) + 16 * kWords * std::int64_t{lane} + 16 * (kWords * step + i);
     const int valid = left - i * kPerWord<S>;
-    const Words word = valid >= kPerWord<S> ? device::load_words(reinterpret_cast<const Words*>(at))
-                                            : load_edge<S>(at, valid * static_cast<int>(sizeof(S)));
+    const Words word = kWhole || valid >= kPerWord<S> ? device::load_words(reinterpret_cast<const Words*>(at))
+                                                      : load_edge<S>(at, valid * static_cast<int>(sizeof(S)));
     unpack<S>(word, to);
   };
   if constexpr (sizeof(T) == 2) {

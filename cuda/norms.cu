@@ -34,11 +34,18 @@ struct Partials {
 
 // ---- rows --------------------------------------------------------------------------------------------------------
 
+// Whether rows are whole words, aligned: all of these addresses and numbers of bytes are multiples of 16.
+bool whole_words(std::initializer_list<const void*> addresses, std::initializer_list<std::int64_t> bytes) {
+  std::uint64_t bits = 0;
+  for (const void* p : addresses) bits |= reinterpret_cast<std::uintptr_t>(p);
+  for (const std::int64_t n : bytes) bits |= static_cast<std::uint64_t>(n);
+  return bits % kWord == 0;
+}
+
 void rows_forward(const Args& args, const Parameters& parameters, void* mean, void* rstd, const Context& context) {
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype), statistic_bytes = size(statistics_dtype(args.dtype));
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
-  const RowForwardChoice choice = choose_row_forward(plan, device_limits(context.device), args.dtype);
   for_batches({&x, &y}, Cut{}, context, [&](const Batch& b) {
     x.read(b, context);
     RowForward a{};
@@ -55,6 +62,8 @@ void rows_forward(const Args& args, const Parameters& parameters, void* mean, vo
     a.parameters_as_compute = parameters.as_compute;
     a.eps = args.eps;
     a.inverse_length = 1.0 / static_cast<double>(plan.reduced);
+    const bool whole = whole_words({a.x, a.y}, {a.x_stride, a.y_stride, plan.reduced * bytes});
+    const RowForwardChoice choice = choose_row_forward(plan, device_limits(context.device), args.dtype, whole);
     visit(args.dtype, [&](auto tag) { row_forward<typename decltype(tag)::Type>(a, choice, context); });
     y.write(b, context);
   });

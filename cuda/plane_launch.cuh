@@ -50,7 +50,7 @@ void plane_forward(PlaneForward args, const PlaneChoice& choice, const Context& 
   args.runs = with_choice(args.runs, choice);
   if (launch_resident<Counted>(plane_forward_resident<T>, args, 1, choice, context)) return;
   const std::int64_t pieces = args.channels.count * args.runs.pieces;
-  const Config blocks{choice.streamed_blocks, 32 * choice.warps, 1, sizeof(WarpMoments)};
+  const Config blocks{choice.streamed_blocks, 32 * choice.warps, 1, sizeof(WarpMoments<1>)};
   args.channels.constants = allocate_constants<T>(args.channels, context);
   args.piece_moments =
       context.allocate(context.state, kMomentSets<T> * static_cast<std::size_t>(pieces) * sizeof(Counted));

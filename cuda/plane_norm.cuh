@@ -148,17 +148,16 @@ __global__ void __launch_bounds__(kPlaneThreads, 2) plane_forward_resident(cuda:
     device::copy_wait<0>();
     device::sync_warp(device::kAllLanes);
 
-    Words data[kSegmentVectors];
+    Words data[1][kSegmentVectors];
     const auto read = [&](const Segment<T>& s, int piece) {
       const int shift = misaligned(x + s.offset(a.x_run_stride), 16);
-      read_image(slot<M>(a.runs, piece), shift, s.bytes(), 0, lane, data);
+      read_image(slot<M>(a.runs, piece), shift, s.bytes(), 0, lane, data[0]);
     };
     const Statistic<C> s = statistic_of<C>(a.channels.eps, [&](auto scaled, double scale) {
       for (int piece = 0; piece < own.count; ++piece) {
         const Segment<T> segment(a.runs, own.first + piece);
         read(segment, piece);
-        const Counted m = run_moments<T, decltype(scaled)::value, 32, kSegmentVectors>(data, segment.count(), scale,
-                                                                                       range, device::kAllLanes, lane);
+        const Counted m = run_moments<T, decltype(scaled)::value>(data, segment.count(), scale, range, lane);
         if (lane == 0) shared.warps[piece][warp] = m;
       }
       return fold_channel(a.runs, own, shared);
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(kPlaneThreads, 2) plane_forward_resident(cuda:
     for (int piece = 0; piece < own.count; ++piece) {
       const Segment<T> segment(a.runs, own.first + piece);
       read(segment, piece);
-      apply_segment<T>(k, segment.bytes(), a.y + c * a.y_channel_stride + segment.offset(a.y_run_stride), data);
+      apply_segment<T>(k, segment.bytes(), a.y + c * a.y_channel_stride + segment.offset(a.y_run_stride), data[0]);
     }
     device::sync_warp(device::kAllLanes);  // the slots are read
   }
@@ -188,14 +187,14 @@ __device__ __forceinline__ void for_pieces(std::int64_t channels, const cuda::Ru
 
 template <class T>
 __global__ void __launch_bounds__(kPlaneThreads, 1) plane_moments_streamed(cuda::PlaneForward a) {
-  WarpMoments& shared = device::shared<WarpMoments>();
+  WarpMoments<1>& shared = device::shared<WarpMoments<1>>();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const Range range{1.0 / a.channels.elements, a.channels.eps};
   int parity = 0;
   for_pieces<false>(a.channels.count, a.runs, [&](std::int64_t c, std::int64_t piece, std::int64_t unit) {
     const Segment<T> s(a.runs, piece);
-    Words data[kSegmentVectors];
-    load_run<T, 32, kSegmentVectors>(a.x + c * a.x_channel_stride + s.offset(a.x_run_stride), s.bytes(), lane, data);
+    Words data[1][kSegmentVectors];
+    load_run<T, 32, kSegmentVectors>(a.x + c * a.x_channel_stride + s.offset(a.x_run_stride), s.bytes(), lane, data[0]);
     store_moments<T>(data, s.count(), range, shared, &parity, static_cast<Counted*>(a.piece_moments) + unit,
                      a.channels.count * a.runs.pieces);
   });

@@ -28,6 +28,8 @@ __device__ __forceinline__ Counted merge(const Counted& a, const Counted& b) {
   return {merge(a.moments, a.count, b.moments, b.count), a.count + b.count};
 }
 
+__device__ __forceinline__ double merge(double a, double b) { return a + b; }
+
 // Two sums at a time.
 template <class S>
 struct Sums {
@@ -43,6 +45,16 @@ __device__ __forceinline__ GradientSums merge(const GradientSums& a, const Gradi
   return {a.g + b.g, a.gt + b.gt, a.t + b.t};
 }
 
+// condition ? a : b, number by number: of whole structs the compiler would select their addresses in local memory.
+template <class S>
+__device__ __forceinline__ S select(bool condition, S a, S b) {
+  return condition ? a : b;
+}
+template <class S>
+__device__ __forceinline__ Sums<S> select(bool condition, const Sums<S>& a, const Sums<S>& b) {
+  return {select(condition, a.first, b.first), select(condition, a.second, b.second)};
+}
+
 // ---- lanes -------------------------------------------------------------------------------------------------------
 
 // The lanes of `mask` that are a group of L adjacent ones.
@@ -51,17 +63,62 @@ __device__ __forceinline__ unsigned group_mask() {
   return (device::kAllLanes >> (32 - L)) << (threadIdx.x % 32u / L * L);
 }
 
-// Over groups of `width` adjacent lanes, a power of two. All lanes of mask arrive here. log2(width) shuffles.
+// Over groups of `width` adjacent lanes, a power of two, or over every first-th of them. All lanes of mask arrive here.
+// log2(width / first) shuffles.
 template <class M>
-__device__ __forceinline__ M fold_lanes(unsigned mask, const M& value, int width) {
+__device__ __forceinline__ M fold_lanes(unsigned mask, const M& value, int width, int first = 1) {
   M mine = value;  // not a parameter: TSAN does not see arguments being read
   const int lane = static_cast<int>(threadIdx.x) % width;
 #pragma unroll
-  for (int offset = 1; offset < width; offset *= 2) {
+  for (int offset = first; offset < width; offset *= 2) {
     const M other = device::shuffle_xor(mask, mine, offset, width);
     mine = lane & offset ? merge(other, mine) : merge(mine, other);
   }
   return mine;
+}
+
+// Of R rows at a time, each over the groups of L lanes: lane l ends with row l % R, merged as fold_lanes merges. Two
+// lanes exchange the halves of what they hold: R - 1 + log2(L / R) shuffles, not R log2(L). The whole warp arrives
+// here.
+template <int L, int R, class M>
+__device__ __forceinline__ M fold_rows(const M (&rows)[R]) {
+  static_assert(R <= L && (R & (R - 1)) == 0);
+  const int lane = static_cast<int>(threadIdx.x) % L;
+  M held[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) held[r] = rows[r];
+#pragma unroll
+  for (int offset = 1; offset < R; offset *= 2) {
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int i = 0; i < R / offset / 2; ++i) {
+      const M mine = select(upper, held[2 * i + 1], held[2 * i]), given = select(upper, held[2 * i], held[2 * i + 1]);
+      const M other = device::shuffle_xor(device::kAllLanes, given, offset, L);
+      held[i] = select(upper, merge(other, mine), merge(mine, other));
+    }
+  }
+  return fold_lanes(device::kAllLanes, held[0], L, R);
+}
+
+// Of row r, what the lane that holds it after fold_rows has. The whole warp arrives here.
+template <int L, int R, class M>
+__device__ __forceinline__ M of_row(const M& own, int r) {
+  if constexpr (R == 1) return own;
+  return device::shuffle(device::kAllLanes, own, r, L);
+}
+
+// rows[lane % R], with no index that the compiler does not know.
+template <int R, class M>
+__device__ __forceinline__ M own_row(const M (&rows)[R], int lane) {
+  M held[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) held[r] = rows[r];
+#pragma unroll
+  for (int offset = 1; offset < R; offset *= 2) {
+#pragma unroll
+    for (int i = 0; i < R / offset / 2; ++i) held[i] = select(lane & offset, held[2 * i + 1], held[2 * i]);
+  }
+  return held[0];
 }
 
 // ---- places in memory --------------------------------------------------------------------------------------------

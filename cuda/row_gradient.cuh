@@ -47,11 +47,12 @@ struct ColumnSums {
 
 // ---- a run -------------------------------------------------------------------------------------------------------
 
-// weight of word w, or 1. weight: of the first element of the run; count: elements of the run
+// weight of word step + lane, or 1. weight: of the first element of the run; count: elements of the run
 template <class T>
-__device__ __forceinline__ void load_weight(const char* weight, bool as_compute, int count, int w, Compute<T>* out) {
+__device__ __forceinline__ void load_weight(const char* weight, bool as_compute, int count, int step, int lane,
+                                            Compute<T>* out) {
   if (weight != nullptr) {
-    load_parameters<T>(weight, as_compute, count, w, out);
+    load_parameters<T>(weight, as_compute, count, step, lane, out);
   } else {
 #pragma unroll
     for (int e = 0; e < kPerWord<T>; ++e) out[e] = Compute<T>(1);
@@ -73,7 +74,7 @@ __device__ __forceinline__ GradientSums run_sums(bool as_compute, const Words (&
     C g[E], t[E], gain[E];
     unpack<T>(dy[v], g);
     unpack<T>(x[v], t);
-    load_weight<T>(weight, as_compute, count, w, gain);
+    load_weight<T>(weight, as_compute, count, v * L, lane, gain);
 #pragma unroll
     for (int e = 0; e < E; ++e) {
       g[e] = g[e] * gain[e];
@@ -108,7 +109,7 @@ __device__ __forceinline__ void gradient_run(const cuda::RowBackward& a, const G
     C g[E], xhat[E], gain[E];
     unpack<T>(dy[v], g);
     unpack<T>(x[v], xhat);
-    load_weight<T>(weight, a.parameters_as_compute, count, w, gain);
+    load_weight<T>(weight, a.parameters_as_compute, count, v * L, lane, gain);
 #pragma unroll
     for (int e = 0; e < E; ++e) xhat[e] = normalize(xhat[e], k.mean, k.rstd, k.shift);
     if (a.partial != nullptr) {

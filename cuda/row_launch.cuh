@@ -10,14 +10,14 @@
 
 namespace lanenorm::cuda {
 
-// f(kernel) for the shape, from a list of (lanes, words).
-template <int L, int V>
+// f(kernel) for the shape, from a list of (lanes, words, rows).
+template <int L, int V, int R = 1>
 struct Shape {
-  static constexpr int kLanes = L, kWords = V;
+  static constexpr int kLanes = L, kWords = V, kRows = R;
 };
 template <class First, class... Rest, class F>
 void with_shape(GroupShape shape, F&& f) {
-  if (shape.lanes == First::kLanes && shape.words == First::kWords) {
+  if (shape.lanes == First::kLanes && shape.words == First::kWords && shape.rows == First::kRows) {
     f(First{});
   } else if constexpr (sizeof...(Rest) > 0) {
     with_shape<Rest...>(shape, f);
@@ -36,7 +36,7 @@ void row_forward_streamed(RowForward args, const RowForwardChoice& choice, const
   const DeviceLimits device = device_limits(context.device);
   // A resident choice that does not fit after all has a grid of its own.
   const std::int64_t blocks = grid_of(args.rows * args.pieces, 8, device);
-  launch(row_moments_streamed<T>, {blocks, choice.threads, 1, sizeof(WarpMoments)}, context.stream, args);
+  launch(row_moments_streamed<T>, {blocks, choice.threads, 1, sizeof(WarpMoments<1>)}, context.stream, args);
   launch(row_statistics_streamed<T>, {grid_of((args.rows + 3) / 4, 8, device), 128}, context.stream, args);
   launch(row_apply_streamed<T>, {blocks, choice.threads}, context.stream, args);
 }
@@ -48,16 +48,32 @@ void row_forward(RowForward args, const RowForwardChoice& choice, const Context&
   args.pieces_per_block = choice.pieces_per_block;
   switch (choice.kind) {
     case RowKind::group:
-      with_shape<Shape<8, 1>, Shape<16, 1>, Shape<16, 2>, Shape<32, 2>, Shape<32, 4>, Shape<32, 8>>(
-          choice.shape, [&](auto s) {
-            launch(row_forward_group<T, s.kLanes, s.kWords>, {choice.blocks, choice.threads}, context.stream, args);
-          });
+      if (choice.whole) {
+        with_shape<Shape<8, 1, 8>, Shape<16, 1, 8>, Shape<16, 2, 4>, Shape<32, 2, 4>, Shape<32, 4, 2>, Shape<32, 8>>(
+            choice.shape, [&](auto s) {
+              launch(row_forward_group<T, s.kLanes, s.kWords, s.kRows, true>, {choice.blocks, choice.threads},
+                     context.stream, args);
+            });
+      } else {
+        with_shape<Shape<8, 1>, Shape<16, 1>, Shape<16, 2>, Shape<32, 2>, Shape<32, 4>, Shape<32, 8>>(
+            choice.shape, [&](auto s) {
+              launch(row_forward_group<T, s.kLanes, s.kWords, 1, false>, {choice.blocks, choice.threads},
+                     context.stream, args);
+            });
+      }
       return;
     case RowKind::block:
-      with_shape<Shape<32, 4>, Shape<32, 8>>(choice.shape, [&](auto s) {
-        launch(row_forward_block<T, s.kWords>, {choice.blocks, choice.threads, 1, sizeof(WarpMoments)}, context.stream,
-               args);
-      });
+      if (choice.whole) {
+        with_shape<Shape<32, 4, 2>, Shape<32, 8>>(choice.shape, [&](auto s) {
+          launch(row_forward_block<T, s.kWords, s.kRows, true>,
+                 {choice.blocks, choice.threads, 1, sizeof(WarpMoments<s.kRows>)}, context.stream, args);
+        });
+      } else {
+        with_shape<Shape<32, 4>, Shape<32, 8>>(choice.shape, [&](auto s) {
+          launch(row_forward_block<T, s.kWords, 1, false>, {choice.blocks, choice.threads, 1, sizeof(WarpMoments<1>)},
+                 context.stream, args);
+        });
+      }
       return;
     case RowKind::resident: {
       const Config config{choice.blocks, choice.threads, choice.cluster, resident_bytes(choice.pieces_per_block)};

@@ -10,11 +10,12 @@
 // THE ORDER OF OPERATIONS, by index within the row and so the same at any address and on any device:
 //   word    16 bytes of the row (load.cuh), summed as a binary tree
 //   lane    words l, l + L, l + 2 L, ... of a run of L lanes, in order
-//   run     what the L lanes of a group or warp hold. First a pivot, x0 + mean(x - x0) rounded coarsely; then sum(d)
-//   and
-//           sum(d^2) of d = x - pivot: exact two-pass, and sums of integers stay exact. Lanes in the compute type, from
-//           lane to lane in double. A run of float32 whose m2 is out of range is redone in double.
-//   row     runs of a warp each merged as a tree (Chan, Golub, LeVeque 1983) in double, and pieces of 32 KB likewise
+//   run     what the L lanes of a group or warp hold. First a pivot, x0 + mean(x - x0) over every fourth word of every
+//           lane, rounded coarsely; then sum(d) and sum(d^2) of d = x - pivot: as exact two-pass, and sums of integers
+//           stay exact. Lanes in the compute type, from lane to lane as a tree in double. A run of float32 whose m2 is
+//           out of range is redone in double.
+//   row     runs of a warp each: up to 32 KB merged at once in double, beyond that, and of float64, as a tree (Chan,
+//           Golub, LeVeque 1983), and pieces of 32 KB likewise
 #pragma once
 
 #include <cstdint>
@@ -52,43 +53,67 @@ __device__ __forceinline__ void deviations(const Words& word, int left, A origin
   }
 }
 
-// Moments of the `count` > 0 elements of a run, in arithmetic A. The L lanes of mask arrive here.
-template <class T, class A, bool kScaled, int L, int V>
-__device__ __forceinline__ Counted moments_in(const Words (&data)[V], int count, double scale, unsigned mask,
+// The pivot is the mean of every kPivotWords-th word of a lane: of a quarter of the run at least. Their variance about
+// the run's mean is part of the run's, so a pivot misses the mean by sqrt(3) standard deviations at most, and the sum
+// of squares about it is 4 times m2. (Of one word of eight 8 times: 4.1 u, where all the others lie elsewhere.)
+inline constexpr int kPivotWords = 4;
+
+// Moments of R rows of n.value = count > 0 elements, a run of each in every group of L lanes, in arithmetic A: lane l
+// gets those of row l % R. scale: the lane's. The whole warp arrives here.
+template <class T, class A, bool kScaled, int L, int V, int R, bool kWhole>
+__device__ __forceinline__ Counted moments_in(const Words (&data)[R][V], int count, const Divisor& n, double scale,
                                               int lane) {
   constexpr int E = kPerWord<T>;
-  A first[E];
-  deviations<T, A, kScaled>(data[0], E, A(0), scale, first);
-  const A x0 = device::shuffle(mask, first[0], 0, L);
-  Sums<A> about_x0{A(0), A(0)};
+  double scales[R];
+  A x0[R];
+  Sums<A> about_x0[R];
+  const int left = count - lane * E;
+  int near = 0;  // elements whose mean the pivot is
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int left = count - (v * L + lane) * E;
-    if (left <= 0) continue;
-    A d[E], absolute[E];
-    deviations<T, A, kScaled>(data[v], left, x0, scale, d);
-#pragma unroll
-    for (int e = 0; e < E; ++e) absolute[e] = magnitude(d[e]);
-    about_x0.first += tree<E>(d);
-    about_x0.second += tree<E>(absolute);
+  for (int v = 0; v < V && v * L * E < count; v += kPivotWords) {
+    near += count - v * L * E < L * E ? count - v * L * E : L * E;
   }
-  about_x0 = fold_lanes(mask, about_x0, L);
-  const A inverse = A(1) / static_cast<A>(count);
-  const A pivot = coarse_pivot(x0, about_x0.first * inverse, about_x0.second * inverse * kPivotGrain<A>);
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    scales[r] = kScaled ? of_row<L, R>(scale, r) : 1.0;
+    A first[E];
+    deviations<T, A, kScaled>(data[r][0], E, A(0), scales[r], first);
+    x0[r] = device::shuffle(device::kAllLanes, first[0], 0, L);
+    about_x0[r] = {A(0), A(0)};
+#pragma unroll
+    for (int v = 0; v < V && v * L * E < count; v += kPivotWords) {
+      const int left_of_word = left - v * L * E;
+      A d[E], absolute[E];
+      deviations<T, A, kScaled>(data[r][v], kWhole ? E : left_of_word, x0[r], scales[r], d);
+#pragma unroll
+      for (int e = 0; e < E; ++e) absolute[e] = magnitude(d[e]);
+      const Sums<A> word{tree<E>(d), tree<E>(absolute)};
+      about_x0[r] = merge(about_x0[r], select(kWhole && left_of_word <= 0, Sums<A>{A(0), A(0)}, word));
+    }
+  }
+  const Sums<A> own = fold_rows<L, R>(about_x0);
+  const A inverse = A(1) / static_cast<A>(near);
+  const A own_x0 = own_row(x0, lane);
+  const A own_pivot = coarse_pivot(own_x0, own.first * inverse, own.second * inverse * kPivotGrain<A>);
 
-  A sum = A(0), square = A(0);
+  Sums<double> sums[R];
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int left = count - (v * L + lane) * E;
-    if (left <= 0) continue;
-    A d[E];
-    deviations<T, A, kScaled>(data[v], left, pivot, scale, d);
-    sum += tree<E>(d);
-    square += tree_of_products<E>(d, d);
+  for (int r = 0; r < R; ++r) {
+    const A pivot = of_row<L, R>(own_pivot, r);
+    Sums<A> sum{A(0), A(0)};
+#pragma unroll
+    for (int v = 0; v < V && v * L * E < count; ++v) {
+      const int left_of_word = left - v * L * E;
+      A d[E];
+      deviations<T, A, kScaled>(data[r][v], kWhole ? E : left_of_word, pivot, scales[r], d);
+      const Sums<A> word{tree<E>(d), tree_of_products<E>(d, d)};
+      sum = merge(sum, select(kWhole && left_of_word <= 0, Sums<A>{A(0), A(0)}, word));
+    }
+    sums[r] = {static_cast<double>(sum.first), static_cast<double>(sum.second)};
   }
-  const Sums<double> total = fold_lanes(mask, Sums<double>{static_cast<double>(sum), static_cast<double>(square)}, L);
-  const double n = static_cast<double>(count);
-  return {{static_cast<double>(pivot), total.first, 0.0, fma(negate(total.first), total.first / n, total.second)}, n};
+  const Sums<double> total = fold_rows<L, R>(sums);
+  return {{static_cast<double>(own_pivot), total.first, 0.0, fma(negate(total.first), total.first / n, total.second)},
+          n.value};
 }
 
 // Of the statistic that a run belongs to: what decides whether the run is out of range.
@@ -96,20 +121,48 @@ struct Range {
   double inverse_length, eps;
 };
 
-// Moments of a run of a row; count 0: none. A run of float32 that is out of range as the row would be is redone in
-// double; kScaled (float64): of scale * x.
-template <class T, bool kScaled, int L, int V>
-__device__ __forceinline__ Counted run_moments(const Words (&data)[V], int count, double scale, const Range& range,
-                                               unsigned mask, int lane) {
+// Moments of a run of R rows each, lane l of row l % R; count 0: none. A run of float32 that is out of range as the row
+// would be is redone in double; kScaled (float64): of scale * x. That is rare, and done row by row, from what
+// reload(r, words) reads, and so is `data` afterwards: all at once, or beside it, would need twice the registers. The
+// whole warp arrives here.
+template <class T, bool kScaled, int L, int V, int R, bool kWhole, class F>
+__device__ __forceinline__ Counted run_moments(Words (&data)[R][V], int count, const Divisor& n, double scale,
+                                               const Range& range, int lane, F&& reload) {
   using C = Compute<T>;
   if (count <= 0) return Counted{};
-  Counted m = moments_in<T, C, kScaled, L, V>(data, count, scale, mask, lane);
+  const auto one_by_one = [&] {
+    Counted own{};
+#pragma unroll 1
+    for (int r = 0; r < R; ++r) {
+      Words row[1][V];
+      reload(r, row[0]);
+      const Counted m = moments_in<T, double, kScaled, L, V, 1, kWhole>(row, count, n, of_row<L, R>(scale, r), lane);
+      if (lane % R == r) own = m;
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) reload(r, data[r]);
+    return own;
+  };
+  if constexpr (kScaled) return one_by_one();
+  Counted m = moments_in<T, C, false, L, V, R, kWhole>(data, count, n, 1.0, lane);
   if constexpr (sizeof(C) == 4) {
-    if (out_of_range<C>(m.moments.m2 * range.inverse_length, range.eps)) {
-      m = moments_in<T, double, false, L, V>(data, count, 1.0, mask, lane);
+    const bool redo = out_of_range<C>(m.moments.m2 * range.inverse_length, range.eps);
+    if (device::any(device::kAllLanes, redo)) {
+      const Counted exact = one_by_one();
+      if (redo) m = exact;
     }
   }
   return m;
+}
+// Of one row.
+template <class T, bool kScaled, int V>
+__device__ __forceinline__ Counted run_moments(Words (&data)[1][V], int count, double scale, const Range& range,
+                                               int lane) {
+  return run_moments<T, kScaled, 32, V, 1, false>(data, count, divisor(count < 1 ? 1 : count), scale, range, lane,
+                                                  [&](int, Words(&words)[V]) {
+#pragma unroll
+                                                    for (int v = 0; v < V; ++v) words[v] = data[0][v];
+                                                  });
 }
 
 template <class C>
@@ -120,78 +173,110 @@ __device__ __forceinline__ void store_statistic(const cuda::RowForward& a, std::
 
 // ---- apply -------------------------------------------------------------------------------------------------------
 
-// y of a run that begins with element `first` of its row, from x in `data`, which it overwrites.
-template <class T, int L, int V>
-__device__ __forceinline__ void apply_run(const cuda::RowForward& a, const Normalizer<Compute<T>>& n,
-                                          std::int64_t first, int count, char* y, unsigned mask, int lane,
-                                          Words (&data)[V]) {
+// x times the scale of its row, which is a power of two, so that T holds it. own_scale: of row lane % R
+template <class T, int L, int V, int R>
+__device__ __forceinline__ void scale_rows(Words (&data)[R][V], Compute<T> own_scale) {
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const Compute<T> scale = of_row<L, R>(own_scale, r);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      Compute<T> x[kPerWord<T>];
+      unpack<T>(data[r][v], x);
+#pragma unroll
+      for (int e = 0; e < kPerWord<T>; ++e) x[e] = x[e] * scale;
+      data[r][v] = pack<T>(x);
+    }
+  }
+}
+
+// y of a run of R rows each, that begins with element `first` of its row, from x in `data`, which it overwrites. own:
+// of row lane % R
+template <class T, int L, int V, int R, bool kWhole>
+__device__ __forceinline__ void apply_runs(const cuda::RowForward& a, const Normalizer<Compute<T>>& own,
+                                           std::int64_t first, int count, int lane, Words (&data)[R][V]) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
   const char* weight = parameters_from<T>(a.weight, a.parameters_as_compute, first);
   const char* bias = parameters_from<T>(a.bias, a.parameters_as_compute, first);
+  if (device::any(device::kAllLanes, own.scale != C(1))) scale_rows<T, L>(data, own.scale);
+  const auto normalizer_of = [&](int r) {
+    return Normalizer<C>{of_row<L, R>(own.mean, r), of_row<L, R>(own.rstd, r), of_row<L, R>(own.rstd_low, r),
+                         of_row<L, R>(own.shift, r), C(1)};
+  };
+  Normalizer<C> of[R];
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int w = v * L + lane;
-    if (w * E >= count) continue;
-    C x[E];
-    unpack<T>(data[v], x);
-    if (n.scale != C(1)) {
+  for (int r = 0; r < R && V > 1; ++r) of[r] = normalizer_of(r);
 #pragma unroll
-      for (int e = 0; e < E; ++e) x[e] = x[e] * n.scale;
-    }
+  for (int v = 0; v < V && v * L * E < count; ++v) {
+    const int place = (v * L + lane) * E < count ? lane : 0;  // any: what lies beyond the run is not stored
+    C gain[E], offset[E];                                     // once for all rows
+    if (weight != nullptr) load_parameters<T, kWhole>(weight, a.parameters_as_compute, count, v * L, place, gain);
+    if (bias != nullptr) load_parameters<T, kWhole>(bias, a.parameters_as_compute, count, v * L, place, offset);
 #pragma unroll
-    for (int e = 0; e < E; ++e) x[e] = normalize(x[e], n.mean, n.rstd, n.rstd_low, n.shift);
-    if (weight != nullptr) {
-      C gain[E];
-      load_parameters<T>(weight, a.parameters_as_compute, count, w, gain);
-      if (bias != nullptr) {
-        C offset[E];
-        load_parameters<T>(bias, a.parameters_as_compute, count, w, offset);
+    for (int r = 0; r < R; ++r) {
+      const Normalizer<C> n = V == 1 ? normalizer_of(r) : of[r];  // one at a time where that is possible
+      C x[E];
+      unpack<T>(data[r][v], x);
+#pragma unroll
+      for (int e = 0; e < E; ++e) x[e] = normalize(x[e], n.mean, n.rstd, n.rstd_low, n.shift);
+      if (weight != nullptr && bias != nullptr) {
 #pragma unroll
         for (int e = 0; e < E; ++e) x[e] = fma(x[e], gain[e], offset[e]);
-      } else {
+      } else if (weight != nullptr) {
 #pragma unroll
         for (int e = 0; e < E; ++e) x[e] = x[e] * gain[e];
-      }
-    } else if (bias != nullptr) {
-      C offset[E];
-      load_parameters<T>(bias, a.parameters_as_compute, count, w, offset);
+      } else if (bias != nullptr) {
 #pragma unroll
-      for (int e = 0; e < E; ++e) x[e] = x[e] + offset[e];
+        for (int e = 0; e < E; ++e) x[e] = x[e] + offset[e];
+      }
+      data[r][v] = pack<T>(x);
     }
-    data[v] = pack<T>(x);
   }
-  store_run<T, L, V>(y, count * static_cast<int>(sizeof(T)), mask, lane, data);
+}
+// Of one row, and to memory.
+template <class T, int V>
+__device__ __forceinline__ void apply_run(const cuda::RowForward& a, const Normalizer<Compute<T>>& n,
+                                          std::int64_t first, int count, char* y, int lane, Words (&data)[1][V]) {
+  apply_runs<T, 32, V, 1, false>(a, n, first, count, lane, data);
+  store_run<T, 32, V>(y, count * static_cast<int>(sizeof(T)), device::kAllLanes, lane, data[0]);
 }
 
 // ---- forward: a row to a group of lanes --------------------------------------------------------------------------
 
-// L = 8 or 16: several rows to a warp; 32: a warp a row. Groups walk over the rows, the next row on its way in
-// registers while this one is computed.
-template <class T, int L, int V>
-__global__ void __launch_bounds__(128, cuda::forward_group_blocks(V)) row_forward_group(cuda::RowForward a) {
+// L = 8 or 16: several groups to a warp; 32: one. A group takes R rows at a time: adding up over lanes, finishing a
+// statistic and loading weight and bias cost a warp the same instructions for R rows as for one.
+template <class T, int L, int V, int R, bool kWhole>
+__global__ void __launch_bounds__(128, cuda::forward_group_blocks(sizeof(T), V, kWhole))
+    row_forward_group(cuda::RowForward a) {
   using C = Compute<T>;
-  const unsigned mask = group_mask<L>();
+  constexpr int G = 32 / L;  // groups of a warp: adjacent rows
   const int lane = static_cast<int>(threadIdx.x) % L;
-  const std::int64_t groups = std::int64_t{gridDim.x} * (blockDim.x / L);
   const int count = static_cast<int>(a.length), bytes = count * static_cast<int>(sizeof(T));
-  std::int64_t row = std::int64_t{blockIdx.x} * (blockDim.x / L) + threadIdx.x / L;
-  if (row >= a.rows) return;
-  Words data[V];
-  load_run<T, L, V>(a.x + row * a.x_stride, bytes, lane, data);
-  while (true) {
-    const std::int64_t next_row = row + groups;
-    Words next[V];
-    if (next_row < a.rows) load_run<T, L, V>(a.x + next_row * a.x_stride, bytes, lane, next);
-    const Statistic<C> s = statistic_of<C>(a.eps, [&](auto scaled, double scale) {
-      return run_moments<T, decltype(scaled)::value, L, V>(data, count, scale, {a.inverse_length, a.eps}, mask, lane);
-    });
-    if (lane == 0) store_statistic(a, row, s);
-    apply_run<T, L, V>(a, s.normalizer, 0, count, a.y + row * a.y_stride, mask, lane, data);
-    if (next_row >= a.rows) return;
-    row = next_row;
+  const Divisor n{static_cast<double>(count), a.inverse_length};
+  const std::int64_t warps = std::int64_t{gridDim.x} * (blockDim.x / 32);
+  const std::int64_t warp = std::int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
+  for (std::int64_t base = warp * (G * R); base < a.rows; base += warps * (G * R)) {
+    const std::int64_t row = base + threadIdx.x % 32 / L;  // and every G-th after it
+    const int rows = static_cast<int>(a.rows - row < G * R ? a.rows - row : G * R);
+    const char* const x = a.x + row * a.x_stride;
+    const auto load = [&](int r, Words(&words)[V]) {
+      load_run<T, L, V, kWhole>(x + r * (G * a.x_stride), r * G < rows ? bytes : 0, lane, words);
+    };
+    Words data[R][V];
 #pragma unroll
-    for (int v = 0; v < V; ++v) data[v] = next[v];
+    for (int r = 0; r < R; ++r) load(r, data[r]);
+    const Statistic<C> own = statistic_of_row<C>(n, a.eps, [&](auto scaled, double scale) {
+      return run_moments<T, decltype(scaled)::value, L, V, R, kWhole>(data, count, n, scale, {a.inverse_length, a.eps},
+                                                                      lane, load);
+    });
+    if (lane < R && lane * G < rows) store_statistic(a, row + lane * G, own);
+    apply_runs<T, L, V, R, kWhole>(a, own.normalizer, 0, count, lane, data);
+    char* const y = a.y + row * a.y_stride;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      store_run<T, L, V, kWhole>(y + r * (G * a.y_stride), r * G < rows ? bytes : 0, group_mask<L>(), lane, data[r]);
+    }
   }
 }
 
@@ -211,44 +296,71 @@ struct Share {
   __device__ __forceinline__ int bytes() const { return count * static_cast<int>(sizeof(T)); }
 };
 
-// The shared memory of a block: of this row, and of the one before, which other warps may still read.
+// The moments of R rows of n elements that every warp of a block has a run of, lane l of row l % R. scratch: as of
+// fold_warps, R times. One barrier.
+//
+// Of 16 and 32 bits not pair by pair as Counted merges, which divides three times a pair, but all at once:
+//
+//   mean = sum n_i mean_i / n,  m2 = sum m2_i + n_i (mean_i - mean)^2      about the first pivot, in double
+template <class C, int R>
+__device__ __forceinline__ Counted fold_row_warps(const Counted& mine, const Divisor& n,
+                                                  Counted (*scratch)[cuda::kPieceWarps]) {
+  constexpr int kWidth = R * cuda::kPieceWarps;
+  static_assert(kWidth <= 32);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane < R) scratch[lane][threadIdx.x / 32] = mine;
+  device::sync_block();
+  const int place = lane / R % cuda::kPieceWarps;
+  const Counted m = place < static_cast<int>(blockDim.x) / 32 ? scratch[lane % R][place] : Counted{};
+  if constexpr (sizeof(C) == 8) return fold_lanes(device::kAllLanes, m, kWidth, R);
+  const double origin = device::shuffle(device::kAllLanes, m.moments.pivot, lane % R, kWidth);
+  const bool some = m.count > 0.0;
+  const double shift = some ? m.moments.pivot - origin : 0.0, mean = some ? m.moments.sum / m.count : 0.0;
+  const double sum = fold_lanes(device::kAllLanes, fma(m.count, shift, m.moments.sum), kWidth, R);
+  const double from_mean = (shift - sum / n) + mean;
+  const double m2 = fold_lanes(device::kAllLanes, fma(m.count * from_mean, from_mean, m.moments.m2), kWidth, R);
+  return {{origin, sum, 0.0, m2}, n.value};
+}
+
+// The shared memory of a block: of these rows, and of those before, which other warps may still read.
+template <int R>
 struct WarpMoments {
-  Counted warps[2][cuda::kPieceWarps];
+  Counted warps[2][R][cuda::kPieceWarps];
 };
 
-// Every warp holds warp_words <= 32 V words of the row. One barrier a row.
-template <class T, int V>
-__global__ void __launch_bounds__(32 * cuda::kPieceWarps, cuda::forward_blocks(V))
+// Every warp holds warp_words <= 32 V words of each of R rows. One barrier for R rows.
+template <class T, int V, int R, bool kWhole>
+__global__ void __launch_bounds__(32 * cuda::kPieceWarps, cuda::forward_blocks(sizeof(T), V, kWhole))
     row_forward_block(cuda::RowForward a) {
   using C = Compute<T>;
-  WarpMoments& shared = device::shared<WarpMoments>();
+  WarpMoments<R>& shared = device::shared<WarpMoments<R>>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const Share<T> share(a.length, std::int64_t{warp} * a.warp_words, a.warp_words);
-  Words data[V];
-  std::int64_t row = blockIdx.x;
-  if (row >= a.rows) return;
-  load_run<T, 32, V>(a.x + row * a.x_stride + share.offset(), share.bytes(), lane, data);
+  const int first = warp * a.warp_words * kPerWord<T>, left = static_cast<int>(a.length) - first;
+  const int most = a.warp_words * kPerWord<T>, count = left < 0 ? 0 : left < most ? left : most;
+  const int offset = first * static_cast<int>(sizeof(T)), bytes = count * static_cast<int>(sizeof(T));
+  const Divisor n{static_cast<double>(a.length), a.inverse_length};
   int parity = 0;
-  while (true) {
-    const std::int64_t next_row = row + gridDim.x;
-    Words next[V];
-    if (next_row < a.rows) {
-      load_run<T, 32, V>(a.x + next_row * a.x_stride + share.offset(), share.bytes(), lane, next);
-    }
-    const Statistic<C> s = statistic_of<C>(a.eps, [&](auto scaled, double scale) {
-      parity ^= 1;
-      return fold_warps<cuda::kPieceWarps>(
-          run_moments<T, decltype(scaled)::value, 32, V>(data, share.count, scale, {a.inverse_length, a.eps},
-                                                         device::kAllLanes, lane),
-          shared.warps[parity]);
-    });
-    if (threadIdx.x == 0) store_statistic(a, row, s);
-    apply_run<T, 32, V>(a, s.normalizer, share.first, share.count, a.y + row * a.y_stride + share.offset(),
-                        device::kAllLanes, lane, data);
-    if (next_row >= a.rows) return;
-    row = next_row;
+  for (std::int64_t row = std::int64_t{blockIdx.x} * R; row < a.rows; row += std::int64_t{gridDim.x} * R) {
+    const int rows = static_cast<int>(a.rows - row < R ? a.rows - row : R);
+    const auto load = [&](int r, Words(&words)[V]) {
+      load_run<T, 32, V, kWhole>(a.x + (row + r) * a.x_stride + offset, r < rows ? bytes : 0, lane, words);
+    };
+    Words data[R][V];
 #pragma unroll
-    for (int v = 0; v < V; ++v) data[v] = next[v];
+    for (int r = 0; r < R; ++r) load(r, data[r]);
+    const Statistic<C> own = statistic_of_row<C>(n, a.eps, [&](auto scaled, double scale) {
+      parity ^= 1;
+      const Counted mine = run_moments<T, decltype(scaled)::value, 32, V, R, kWhole>(
+          data, count, divisor(count < 1 ? 1 : count), scale, {a.inverse_length, a.eps}, lane, load);
+      return fold_row_warps<C, R>(mine, n, shared.warps[parity]);
+    });
+    if (static_cast<int>(threadIdx.x) < rows) store_statistic(a, row + lane, own);
+    apply_runs<T, 32, V, R, kWhole>(a, own.normalizer, first, count, lane, data);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      store_run<T, 32, V, kWhole>(a.y + (row + r) * a.y_stride + offset, r < rows ? bytes : 0, device::kAllLanes, lane,
+                                  data[r]);
+    }
   }
 }
 

@@ -82,17 +82,16 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 2) row_forward_residen
     device::copy_wait<0>();
     device::sync_block();
 
-    Words data[V];
+    Words data[1][V];
     const auto run_of_piece = [&](int piece) {
       const int first = piece * kPieceSize + warp * kWarpWords;
-      read_image(image, shift, share.bytes(), first, lane, data);
+      read_image(image, shift, share.bytes(), first, lane, data[0]);
       return Share<T>(share.count, first, kWarpWords);
     };
     const Statistic<C> s = statistic_of<C>(a.eps, [&](auto scaled, double scale) {
       for (int piece = 0; piece < pieces; ++piece) {
         const int count = run_of_piece(piece).count;
-        const Counted m = run_moments<T, decltype(scaled)::value, 32, V>(data, count, scale, {a.inverse_length, a.eps},
-                                                                         device::kAllLanes, lane);
+        const Counted m = run_moments<T, decltype(scaled)::value>(data, count, scale, {a.inverse_length, a.eps}, lane);
         if (lane == 0) shared.warps[piece][warp] = m;
       }
       device::sync_block();
@@ -112,8 +111,8 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 2) row_forward_residen
     if (threadIdx.x == 0 && device::cluster_rank() == 0) store_statistic(a, row, s);
     for (int piece = 0; piece < pieces; ++piece) {
       const Share<T> run = run_of_piece(piece);
-      apply_run<T, 32, V>(a, s.normalizer, share.first + run.first, run.count,
-                          a.y + row * a.y_stride + share.offset() + run.offset(), device::kAllLanes, lane, data);
+      apply_run<T>(a, s.normalizer, share.first + run.first, run.count,
+                   a.y + row * a.y_stride + share.offset() + run.offset(), lane, data);
     }
     device::sync_block();  // the image is read
   }
@@ -123,14 +122,13 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 2) row_forward_residen
 
 // Moments of what the warps of a block hold, all sets of them `stride` apart from `to` on. One barrier a set.
 template <class T, int V>
-__device__ __forceinline__ void store_moments(const Words (&data)[V], int count, const Range& range,
-                                              WarpMoments& shared, int* parity, Counted* to, std::int64_t stride) {
+__device__ __forceinline__ void store_moments(Words (&data)[1][V], int count, const Range& range,
+                                              WarpMoments<1>& shared, int* parity, Counted* to, std::int64_t stride) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto compute = [&](auto scaled, double scale, int set) {
     *parity ^= 1;
     const Counted m = fold_warps<cuda::kPieceWarps>(
-        run_moments<T, decltype(scaled)::value, 32, V>(data, count, scale, range, device::kAllLanes, lane),
-        shared.warps[*parity]);
+        run_moments<T, decltype(scaled)::value>(data, count, scale, range, lane), shared.warps[*parity][0]);
     if (threadIdx.x == 0) to[set * stride] = m;
   };
   compute(Unscaled{}, 1.0, 0);
@@ -143,7 +141,7 @@ __device__ __forceinline__ void store_moments(const Words (&data)[V], int count,
 template <class T>
 __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_moments_streamed(cuda::RowForward a) {
   constexpr int V = cuda::kPieceWords;
-  WarpMoments& shared = device::shared<WarpMoments>();
+  WarpMoments<1>& shared = device::shared<WarpMoments<1>>();
   Counted* moments = static_cast<Counted*>(a.piece_moments);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const std::int64_t units = a.rows * a.pieces;
@@ -151,8 +149,8 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_moments_streame
   for (std::int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
     const std::int64_t row = unit / a.pieces;
     const Share<T> run(a.length, (unit - row * a.pieces) * kPieceSize + warp * kWarpWords, kWarpWords);
-    Words data[V];
-    load_run<T, 32, V>(a.x + row * a.x_stride + run.offset(), run.bytes(), lane, data);
+    Words data[1][V];
+    load_run<T, 32, V>(a.x + row * a.x_stride + run.offset(), run.bytes(), lane, data[0]);
     store_moments<T>(data, run.count, {a.inverse_length, a.eps}, shared, &parity, moments + unit, units);
   }
 }
@@ -184,10 +182,10 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_apply_streamed(
   for (std::int64_t left = a.rows * a.pieces - blockIdx.x; left > 0; left -= gridDim.x) {
     const std::int64_t row = (left - 1) / a.pieces;
     const Share<T> run(a.length, (left - 1 - row * a.pieces) * kPieceSize + warp * kWarpWords, kWarpWords);
-    Words data[V];
-    load_run<T, 32, V>(a.x + row * a.x_stride + run.offset(), run.bytes(), lane, data);
-    apply_run<T, 32, V>(a, static_cast<const Statistic<C>*>(a.statistics)[row].normalizer, run.first, run.count,
-                        a.y + row * a.y_stride + run.offset(), device::kAllLanes, lane, data);
+    Words data[1][V];
+    load_run<T, 32, V>(a.x + row * a.x_stride + run.offset(), run.bytes(), lane, data[0]);
+    apply_run<T>(a, static_cast<const Statistic<C>*>(a.statistics)[row].normalizer, run.first, run.count,
+                 a.y + row * a.y_stride + run.offset(), lane, data);
   }
 }
 

@@ -17,6 +17,22 @@ inline namespace LANENORM_ISA {
 __device__ __forceinline__ float magnitude(float v) { return __builtin_fabsf(v); }
 __device__ __forceinline__ double magnitude(double v) { return __builtin_fabs(v); }
 
+// A count, 1 / count rounded to nearest, and division by it: the quotient rounded to nearest (Markstein 1990) in 5
+// operations where division takes 15 and a branch.
+struct Divisor {
+  double value, inverse;
+  __device__ __forceinline__ explicit operator double() const { return value; }
+};
+__device__ __forceinline__ double operator/(double a, const Divisor& n) {
+  const double quotient = a * n.inverse;
+  const double corrected = fma(fma(negate(quotient), n.value, a), n.inverse, quotient);
+  return finite(quotient) ? corrected : quotient;
+}
+__device__ __forceinline__ Divisor divisor(std::int64_t count) {
+  const double value = static_cast<double>(count);
+  return {value, device::divide_rn(1.0, value)};
+}
+
 // Sets of moments that are kept of data read twice: unscaled, and of float64 with either scale. set: 1 or 2
 template <class T>
 inline constexpr int kMomentSets = sizeof(T) == 8 ? 3 : 1;
@@ -49,6 +65,20 @@ __device__ __forceinline__ Statistic<C> statistic_of(double eps, F&& moments) {
     const Counted again = moments(Scaled{}, scale);
     return finish_scaled<C>(again.moments, again.count, eps, scale);
   }
+}
+
+// The same of several rows of n values at a time, each lane of the warp with one of its own. moments(...) takes the
+// lane's scale. Where a row is out of range the whole warp does it again, and those in range keep what they had.
+template <class C, class F>
+__device__ __forceinline__ Statistic<C> statistic_of_row(const Divisor& n, double eps, F&& moments) {
+  const Counted total = moments(Unscaled{}, 1.0);
+  const double variance = total.moments.m2 / n;
+  const bool redo = out_of_range<C>(variance, eps);
+  if (!device::any(device::kAllLanes, redo)) return finish<C>(total.moments, n, eps);
+  const double scale = redo ? redo_scale<C>(variance) : 1.0;
+  Moments<double> scaled = total.moments;
+  if constexpr (sizeof(C) == 8) scaled = moments(Scaled{}, scale).moments;
+  return redo ? finish_scaled<C>(scaled, n.value, eps, scale) : finish<C>(total.moments, n, eps);
 }
 
 }  // namespace LANENORM_ISA

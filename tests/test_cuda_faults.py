@@ -37,9 +37,12 @@ def case(direction, rows, columns, axis=1, shift=0, shared=H200, cluster=16):
 
 
 # The smallest that reach every line: odd lengths, addresses within a word, more work than one multiprocessor takes at a
-# time, chunks of several rows.
+# time, chunks of several rows. Rows of whole, aligned words have kernels of their own: 8 and 4 rows at a time to groups
+# of lanes, of which not all have a word, and 2 to a block.
 GROUP = (case("forward", 205, 31), case("forward", 36, 99, shift=2))
+WHOLE_GROUP = (case("forward", 205, 24), case("forward", 37, 96))
 BLOCK = (case("forward", 9, 1501), case("forward", 3, 5003, shift=3))
+WHOLE_BLOCK = (case("forward", 9, 1500),)
 RESIDENT = (case("forward", 3, 9001, shared=ONE_PIECE), case("forward", 2, 9001, shift=3, shared=ONE_PIECE))
 STREAMED = (case("forward", 5, 9001, shared=NO_PIECE),)
 # 9 stretches and 2 pieces, the last not full: 3 slabs, a stretch to a block of a cluster of 16, or all to one.
@@ -110,6 +113,9 @@ FAULTS = {
             "at < bytes",
             *(ADDRESS, OVERRUN, GROUP),
         ),
+        "word beyond whole rows read": Fault(
+            "if (`16 * (v * L + lane) < bytes`)", "16 * (v * L + lane) <= bytes", ADDRESS, OVERRUN, WHOLE_GROUP
+        ),
         "one element beyond the tail read": Fault(
             "if (`at < bytes`) elements.value", "at <= bytes", ADDRESS, OVERRUN, GROUP
         ),
@@ -144,28 +150,70 @@ FAULTS = {
         ),
         "mask one lane short": Fault("(`32 - L`)) <<", "33 - L", ADDRESS, "not in it|not in mask", GROUP),
         "one step of the fold missing": Fault(
-            "`offset < width`; offset *= 2", "offset < width / 2", ADDRESS, WRONG, GROUP
+            "`offset < width`; offset *= 2", "offset < width / 2", ADDRESS, WRONG, WHOLE_GROUP
         ),
         "fold beyond the group": Fault(
             "`offset < width`; offset *= 2", "offset <= width", ADDRESS, "shuffle_xor by 8 within 8", GROUP
         ),
-        "no barrier between the warps of a block": Fault(BARRIER, "", THREAD, RACE, BLOCK),
+        "the half that a lane keeps given away": Fault(
+            "given = `select(upper, held[2 * i], held[2 * i + 1])`;",
+            "select(upper, held[2 * i + 1], held[2 * i])",
+            *(ADDRESS, WRONG, WHOLE_GROUP),
+        ),
+        "another row's number picked": Fault(
+            "select(`lane & offset`, held[2 * i + 1], held[2 * i])", "!(lane & offset)", ADDRESS, WRONG, WHOLE_GROUP
+        ),
+        "another row's number from its lane": Fault(
+            "shuffle(device::kAllLanes, own, `r`, L);", "r ^ 1", ADDRESS, WRONG, WHOLE_GROUP
+        ),
+        "no barrier between the warps of a block": Fault(BARRIER, "", THREAD, RACE, BACKWARD_BLOCK),
         "scratch of warps that are not there": Fault(
-            "`place < warps ? scratch[place] : M{}`", "scratch[place]", ADDRESS, WRONG, BLOCK
+            "`place < warps ? scratch[place] : M{}`", "scratch[place]", ADDRESS, WRONG, BACKWARD_BLOCK
         ),
     },
     "row_norm.cuh": {
         "tail counted in the moments": Fault("if (`left < E`) {", "left < 0", ADDRESS, WRONG, GROUP),
-        "row after the last one read": Fault(
-            "if (`next_row < a.rows`) load_run", "next_row <= a.rows", ADDRESS, OVERRUN, GROUP
+        "lanes without a word counted": Fault(
+            "merge(sum, select(`kWhole && left_of_word <= 0`,", "false", ADDRESS, WRONG, WHOLE_GROUP
         ),
-        "every other row left out": Fault("next_row = `row + groups`;", "row + groups + 1", ADDRESS, WRONG, GROUP),
+        "lanes without a word counted for the pivot": Fault(
+            # near enough as a pivot, but another one than that of the same row at another address
+            "merge(about_x0[r], select(`kWhole && left_of_word <= 0`,",
+            "false",
+            *(ADDRESS, "", WHOLE_GROUP),
+        ),
+        "row after the last one read": Fault(
+            "`r * G < rows` ? bytes : 0, lane, words", "r * G <= rows", ADDRESS, OVERRUN, WHOLE_GROUP
+        ),
+        "row after the last one written": Fault(
+            "`r * G < rows` ? bytes : 0, group_mask", "r * G <= rows", ADDRESS, OVERRUN, WHOLE_GROUP
+        ),
+        "statistics after the last row written": Fault(
+            "if (lane < R && `lane * G < rows`)", "lane * G <= rows", ADDRESS, OVERRUN, WHOLE_GROUP
+        ),
+        "rows left out": Fault("base += `warps * (G * R)`)", "warps * (G * R) + 1", ADDRESS, WRONG, GROUP),
         "rows written by two blocks": Fault(
-            "groups = `std::int64_t{gridDim.x} * (blockDim.x / L)`;",
-            "std::int64_t{gridDim.x} * (blockDim.x / L) - 1",
+            "warps = `std::int64_t{gridDim.x} * (blockDim.x / 32)`;",
+            "std::int64_t{gridDim.x} * (blockDim.x / 32) - 1",
             *(THREAD, RACE, GROUP),
         ),
         "scratch of the row before used again": Fault("`parity ^= 1;`", "", THREAD, RACE, BLOCK),
+        "no barrier before the warps of rows are folded": Fault(BARRIER, "", THREAD, RACE, BLOCK),
+        "moments of warps that are not there": Fault(
+            "`place < static_cast<int>(blockDim.x) / 32` ?", "true", ADDRESS, WRONG, BLOCK
+        ),
+        "pivots of the warps not brought together": Fault(
+            "shift = some ? `m.moments.pivot - origin` : 0.0", "0.0", ADDRESS, WRONG, BLOCK
+        ),
+        "every other pair of rows left out": Fault(
+            "row += `std::int64_t{gridDim.x} * R`)", "std::int64_t{gridDim.x} * R + 1", ADDRESS, WRONG, WHOLE_BLOCK
+        ),
+        "second of two rows read where there is one": Fault(
+            "`r < rows` ? share.bytes() : 0, lane, words", "true", ADDRESS, OVERRUN, WHOLE_BLOCK
+        ),
+    },
+    "norms.cu": {
+        "any row taken for whole words": Fault("return `bits % kWord == 0`;", "true", ADDRESS, "aligned", GROUP),
     },
     "choose.cpp": {
         "row cut into shares that are too small": Fault(
@@ -190,7 +238,7 @@ FAULTS = {
         "wait for all copies but the latest": Fault(
             "`device::copy_wait<0>()`;", "device::copy_wait<1>()", ADDRESS, "wrong: |exits without", RESIDENT
         ),
-        "no barrier behind the copy": Fault(f"{BARRIER} Words data[V];", "", THREAD, RACE, RESIDENT[:1]),
+        "no barrier behind the copy": Fault(f"{BARRIER} Words data[1][V];", "", THREAD, RACE, RESIDENT[:1]),
         "no barrier before the pieces are folded": Fault(f"{BARRIER} if (warp < pieces)", "", THREAD, RACE, RESIDENT),
         "no barrier before the next row is copied": Fault(
             f"{BARRIER} // the image is read", "", THREAD, RACE, RESIDENT

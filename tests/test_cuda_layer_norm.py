@@ -130,6 +130,19 @@ def test_cuda_layer_norm_accuracy_border_counts(device, rng, dtype, border):
             check_counts(device, rng, dtype, count, [(few_makers(dtype), EPS), (scaled_makers(dtype)[::3], 0.0)])
 
 
+@pytest.mark.parametrize("words", [1, 2, 4, 8])
+@pytest.mark.parametrize("level", [3, 1e3, -1e5])
+def test_cuda_layer_norm_accuracy_far_from_the_pivot(device, rng, words, level):
+    """The words whose mean the pivot is lie in one place, and all the others in another."""
+    for lanes in (8, 16, 32):
+        for count in (4 * lanes * words, 4 * lanes * words - 4 * lanes + 24, 4 * lanes * words - 1):
+            noise = normal(rng, (40, count), np.float32)
+            near = np.arange(count) // (4 * lanes) % 4 == 0
+            for x in (noise + np.where(near, 0, level), noise + np.where(near, level, 0)):
+                x = x.astype(np.float32)
+                check(device, x, noise, context=f"{lanes} lanes, {words} words")
+
+
 @pytest.mark.parametrize("count", [16385, 50001])
 @by_dtype
 def test_cuda_layer_norm_accuracy_long_rows(device, rng, dtype, count):
@@ -369,6 +382,14 @@ PROBLEMS = [
     ((5, 7001), -1),
     ((2, 20001), -1),
     ((1, 60001), -1),
+    # whole words: kernels of their own, several rows at a time
+    ((300, 32), -1),
+    ((70, 48), -1),
+    ((37, 96), -1),
+    ((21, 256), -1),
+    ((11, 768), -1),
+    ((5, 1600), -1),
+    ((3, 5120), -1),
     ((40, 70), 0),
     ((700, 131), 0),
     ((2600, 40), 0),
@@ -449,6 +470,26 @@ def test_cuda_bits_do_not_depend_on_the_place_in_the_batch(device, rng, dtype, s
         assert part.mean.tobytes() == result.mean[rows].tobytes()
         assert part.rstd.tobytes() == result.rstd[rows].tobytes()
         assert backward(device, dy[rows], x[rows], part.mean, part.rstd).dx.tobytes() == dx[rows].tobytes()
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in_place"])
+@pytest.mark.parametrize("size", [96, 256, 512, 1024, 2048, 4096, 8192, 32768])
+@by_dtype
+def test_cuda_rows_that_are_done_again_leave_the_others_alone(device, rng, dtype, size, in_place):
+    """Rows out of range, redone in double or scaled, between rows that are not, in every kernel of several rows."""
+    count = size // dtype.itemsize
+    x = normal(rng, (21, count), dtype)
+    large, small = (1e4, 1e-7) if dtype.name == "float16" else (1e30, 1e-30) if dtype.itemsize < 8 else (1e200, 1e-200)
+    x[1::5] *= dtype.type(large)
+    x[2::5] *= dtype.type(small)
+    x[3::5] = x[3::5, :1]
+    x[8, count // 2] = np.nan
+    for one, many in zip(
+        map(list, zip(*[forward(device, x[i : i + 1], eps=0.0) for i in range(len(x))], strict=True)),
+        forward(device, x, eps=0.0, out=x if in_place and device.emulated else None),
+        strict=True,
+    ):
+        assert np.concatenate(one).tobytes() == many.tobytes()
 
 
 # ---- Which kernels run ----------------------------------------------------------------------------------------------

@@ -176,13 +176,14 @@ LANENORM_INLINE double rounded(double a) {  // to C
 
 // pivot + (sum + low) / count as high + low. For float64 the quotient gets its remainder too: where the pivot is far
 // from the mean (an outlier first) its rounding alone would cost 2 u, and exact means would not stay exact.
-template <class C, class D>
-LANENORM_INLINE Pair<D> mean_of(const Moments<D>& m, D count) {
+// N: D, or what D is divided by with the same result
+template <class C, class D, class N>
+LANENORM_INLINE Pair<D> mean_of(const Moments<D>& m, N count) {
   const Pair<D> sum = two_sum(m.sum, m.low);
   const D quotient = sum.high / count;
   const Pair<D> mean = two_sum(m.pivot, quotient);
   if constexpr (sizeof(C) == 4) return mean;
-  const D rest = (fma(negate(quotient), count, sum.high) + sum.low) / count;
+  const D rest = (fma(negate(quotient), static_cast<D>(count), sum.high) + sum.low) / count;
   return two_sum(mean.high, mean.low + rest);
 }
 
@@ -194,8 +195,8 @@ struct Finished {
   D mean, rstd, rstd_low, shift;  // as in Normalizer
 };
 
-template <class C, class D>
-LANENORM_INLINE Finished<D> finish(const Moments<D>& m, D count, D eps, D one) {
+template <class C, class D, class N>
+LANENORM_INLINE Finished<D> finish(const Moments<D>& m, N count, D eps, D one) {
   Finished<D> f;
   f.variance = m.m2 / count;
   const D rstd = one / sqrt(f.variance + eps);
@@ -207,8 +208,8 @@ LANENORM_INLINE Finished<D> finish(const Moments<D>& m, D count, D eps, D one) {
   return f;
 }
 
-template <class C>
-LANENORM_INLINE Statistic<C> finish(const Moments<double>& m, double count, double eps) {
+template <class C, class N>
+LANENORM_INLINE Statistic<C> finish(const Moments<double>& m, N count, double eps) {
   const Finished<double> f = finish<C, double>(m, count, eps, 1.0);
   Statistic<C> s;
   s.exact_mean = f.exact_mean;

@@ -26,8 +26,8 @@ std::unique_ptr<Plan> plan_of(std::int64_t rows, std::int64_t length, int axis, 
 }
 
 RowForwardChoice row_forward_of(std::int64_t rows, std::int64_t length, const DeviceLimits& device = kH200,
-                                DType dtype = DType::float32) {
-  return choose_row_forward(*plan_of(rows, length, 1, dtype), device, dtype);
+                                DType dtype = DType::float32, bool whole = true) {
+  return choose_row_forward(*plan_of(rows, length, 1, dtype), device, dtype, whole);
 }
 RowBackwardChoice row_backward_of(std::int64_t rows, std::int64_t length, const DeviceLimits& device = kH200,
                                   DType dtype = DType::float32) {
@@ -54,6 +54,25 @@ void short_rows_belong_to_groups_of_lanes() {
   check_group(257, 32, 4);
   check_group(768, 32, 8);
   check_group(1024, 32, 8);
+}
+
+// 8 words a lane, of several rows where one has fewer; rows that are not whole words one by one, in the same lanes.
+void whole_rows_are_taken_several_at_a_time() {
+  for (const std::int64_t length : {32, 64, 128, 256, 512, 1024, 2048, 4096, 8192}) {
+    const RowForwardChoice whole = row_forward_of(1 << 20, length);
+    const RowForwardChoice other = row_forward_of(1 << 20, length, kH200, DType::float32, false);
+    CHECK(whole.whole && !other.whole);
+    CHECK_EQ(whole.shape.words * whole.shape.rows, 8);
+    CHECK_EQ(other.shape.rows, 1);
+    CHECK_EQ(other.shape.lanes, whole.shape.lanes);
+    CHECK_EQ(other.shape.words, whole.shape.words);
+    CHECK_EQ(other.warp_words, whole.warp_words);
+  }
+  CHECK_EQ(row_forward_of(100, 32).blocks, 1);  // 128 rows a block
+  CHECK_EQ(row_forward_of(300, 32).blocks, 3);
+  CHECK_EQ(row_forward_of(9, 2048).blocks, 5);  // 2
+  CHECK_EQ(row_forward_of(1 << 20, 32).blocks, 4 * 132);
+  CHECK_EQ(row_forward_of(1 << 20, 32, kH200, DType::bfloat16).blocks, 3 * 132);
 }
 
 void longer_rows_belong_to_blocks() {
@@ -306,6 +325,7 @@ void bits_of_planes_do_not_depend_on_the_device() {
 
 int main() {
   short_rows_belong_to_groups_of_lanes();
+  whole_rows_are_taken_several_at_a_time();
   longer_rows_belong_to_blocks();
   long_rows_stay_on_chip();
   chunks_of_rows();
