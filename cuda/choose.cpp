@@ -47,7 +47,7 @@ constexpr int kPreferredPieces = 3;
 // words of x and dy, 8 registers a word, twice with the next row on its way: 16 columns of 4 bytes are
 // 16 * 4 + 4 * 8 * 2 = 128 registers, of 2 bytes 96; 8 of float64 are 128.
 constexpr GroupRow kBackwardGroups[] = {
-    {8, {8, 1, 1}}, {16, {16, 1, 1}}, {32, {16, 2, 1}}, {64, {32, 2, 1}}, {128, {32, 4, 1}},
+    {8, {8, 1, 4}}, {16, {16, 1, 4}}, {32, {16, 2, 2}}, {64, {32, 2, 2}}, {128, {32, 4, 1}},
 };
 constexpr int backward_words(std::int64_t element_bytes) { return element_bytes == 2 ? 2 : 4; }
 constexpr int kSlabThreads = 256;
@@ -192,11 +192,12 @@ RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device
   return choice;
 }
 
-RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype) {
+RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype, bool whole) {
   const std::int64_t rows = plan.statistics;
   const std::int64_t words = ceil_div(plan.reduced * size(dtype), kWord);
   const int lane_words = backward_words(size(dtype));
   RowBackwardChoice choice{};
+  choice.whole = whole;
   choice.cluster = 1;
   choice.slabs = 1;
   const GroupRow* group = find(std::begin(kBackwardGroups), std::end(kBackwardGroups), words);
@@ -204,9 +205,10 @@ RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& devi
   if (group != std::end(kBackwardGroups) && group->shape.words <= lane_words) {
     choice.group = true;
     choice.shape = group->shape;
+    if (!whole) choice.shape.rows = 1;
     choice.threads = kGroupThreads;
     choice.slab_words = group->shape.lanes * group->shape.words;
-    per_multiprocessor = backward_group_blocks(group->shape.words * kWord * (size(dtype) == 2 ? 2 : 1));
+    per_multiprocessor = backward_group_blocks(size(dtype), choice.shape.words);
   } else {
     choice.shape = {32, lane_words, 1};
     choice.threads = words <= lane_words * kSlabThreads / 2 ? kSlabThreads / 2 : kSlabThreads;

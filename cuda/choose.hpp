@@ -43,8 +43,12 @@ constexpr int forward_group_blocks(std::int64_t element_bytes, int words, bool w
 constexpr int forward_blocks(std::int64_t element_bytes, int words, bool whole) {
   return words == 8 && (!whole || element_bytes == 8) ? 1 : 2;
 }
-// Backward, by the bytes of a lane's columns in the compute type: up to 96 registers for 16 bytes, 168, 255 for 64.
-constexpr int backward_group_blocks(int lane_bytes) { return lane_bytes <= 16 ? 5 : lane_bytes <= 32 ? 3 : 2; }
+// Backward, of the group kernels, by the bytes of a lane's columns in the compute type, of which dweight and dbias take
+// 4 registers each 4: 128, 168 or 255 registers. 32 hold 8 words of x and dy.
+constexpr int backward_group_blocks(std::int64_t element_bytes, int words) {
+  const std::int64_t lane_bytes = words * 16 * (element_bytes == 2 ? 2 : 1);
+  return lane_bytes <= 16 ? (element_bytes == 8 ? 3 : 4) : lane_bytes <= 32 ? 3 : 2;
+}
 
 // How rows lie in registers: a row in `lanes` lanes, at most `words` words of 16 bytes each; `rows` rows at a time.
 struct GroupShape {
@@ -82,6 +86,8 @@ struct RowBackwardChoice {
   std::int64_t slabs;       // of a row
   std::int64_t chunk_rows;  // whose dweight and dbias are summed in registers
   std::int64_t chunks;
+  // By the addresses.
+  bool whole;
   // By the device.
   int cluster;  // slabs: a cluster exchanges the sums of a row; 1 with several slabs: a first kernel computes them
   std::int64_t blocks;  // of the grid, a multiple of cluster
@@ -153,9 +159,9 @@ struct PlaneChoice {
 };
 
 // plan.elements > 0, plan.work is rows: plan.statistics rows of plan.reduced elements.
-// whole: rows of x and y are whole words, aligned
+// whole: rows are whole words, aligned, in all tensors
 RowForwardChoice choose_row_forward(const Plan& plan, const DeviceLimits& device, DType dtype, bool whole);
-RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype);
+RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& device, DType dtype, bool whole);
 
 // plan.elements > 0, plan.work is columns: plan.outer matrices of plan.lines_per_statistic rows, of which `columns`
 // columns: plan.inner, or some of a matrix that is cut. tensors: that are read, 1 or 2

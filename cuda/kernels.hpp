@@ -52,6 +52,7 @@ struct RowBackward {
   const void* rstd;    // (rows)
   const void* weight;  // (length), or null
   bool parameters_as_compute;
+  double inverse_length;
   std::int64_t chunk_rows, chunks;
   std::int64_t slabs;
   int slab_words;               // words of a row that belong to a slab

@@ -74,10 +74,10 @@ void rows_backward(const Args& args, const Parameters& parameters, const void* m
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype), statistic_bytes = size(statistics_dtype(args.dtype));
   const DeviceLimits device = device_limits(context.device);
-  RowBackwardChoice choice = choose_row_backward(plan, device, args.dtype);
-  const Partials partials(args, choice.chunks, parameters, dweight, dbias, context);
+  const RowBackwardChoice all = choose_row_backward(plan, device, args.dtype, false);
+  const Partials partials(args, all.chunks, parameters, dweight, dbias, context);
   Tensor x(plan, plan.x, args.x, bytes), dy(plan, plan.dy, args.dy, bytes), dx(plan, plan.y, args.y, bytes);
-  for_batches({&x, &dy, &dx}, Cut{choice.chunk_rows}, context, [&](const Batch& b) {
+  for_batches({&x, &dy, &dx}, Cut{all.chunk_rows}, context, [&](const Batch& b) {
     x.read(b, context);
     dy.read(b, context);
     RowBackward a{};
@@ -94,7 +94,10 @@ void rows_backward(const Args& args, const Parameters& parameters, const void* m
     a.weight = parameters.weight;
     a.parameters_as_compute = parameters.as_compute;
     a.partial_length = partials.fold.partial_length;
-    a.partial = advance(partials.data, b.first / choice.chunk_rows * partials.bytes);
+    a.inverse_length = 1.0 / static_cast<double>(plan.reduced);
+    a.partial = advance(partials.data, b.first / all.chunk_rows * partials.bytes);
+    const bool whole = whole_words({a.dy, a.x, a.dx}, {a.dy_stride, a.x_stride, a.dx_stride, plan.reduced * bytes});
+    RowBackwardChoice choice = choose_row_backward(plan, device, args.dtype, whole);
     choice.chunks = (b.count + choice.chunk_rows - 1) / choice.chunk_rows;
     visit(args.dtype, [&](auto tag) { row_backward<typename decltype(tag)::Type>(a, choice, context); });
     dx.write(b, context);

@@ -15,18 +15,19 @@ inline namespace LANENORM_ISA {
 // Sums over this warp's segment; mean and rstd of its channel.
 template <class T>
 __device__ __forceinline__ GradientSums segment_sums(const cuda::Channels& a, std::int64_t channel, int count,
-                                                     const Words (&dy)[kSegmentVectors],
-                                                     const Words (&x)[kSegmentVectors]) {
+                                                     const Words (&dy)[1][kSegmentVectors],
+                                                     const Words (&x)[1][kSegmentVectors]) {
   using C = Compute<T>;
-  return run_sums<T, 32, kSegmentVectors>(true, dy, x, nullptr, count, static_cast<const C*>(a.mean)[channel],
-                                          static_cast<const C*>(a.rstd)[channel], device::kAllLanes,
-                                          static_cast<int>(threadIdx.x) % 32);
+  return run_sums<T, 32, kSegmentVectors, 1, false>(true, dy, x, nullptr, count, static_cast<const C*>(a.mean)[channel],
+                                                    static_cast<const C*>(a.rstd)[channel],
+                                                    static_cast<int>(threadIdx.x) % 32);
 }
 
 // dx into `dy`, and from there to memory.
 template <class T>
 __device__ __forceinline__ void gradient_segment(const GradientConstants<Compute<T>>& k, int bytes, char* dx,
-                                                 const Words (&x)[kSegmentVectors], Words (&dy)[kSegmentVectors]) {
+                                                 const Words (&x)[1][kSegmentVectors],
+                                                 Words (&dy)[1][kSegmentVectors]) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -34,16 +35,16 @@ __device__ __forceinline__ void gradient_segment(const GradientConstants<Compute
   for (int v = 0; v < kSegmentVectors; ++v) {
     if (16 * (32 * v + lane) >= bytes) continue;
     C g[E], xhat[E];
-    unpack<T>(dy[v], g);
-    unpack<T>(x[v], xhat);
+    unpack<T>(dy[0][v], g);
+    unpack<T>(x[0][v], xhat);
 #pragma unroll
     for (int e = 0; e < E; ++e) {
       xhat[e] = normalize(xhat[e], k.mean, k.rstd, k.shift);
       g[e] = input_gradient(g[e], C(1), xhat[e], k.minus_mean_g, k.minus_mean_gx, k.factor);
     }
-    dy[v] = pack<T>(g);
+    dy[0][v] = pack<T>(g);
   }
-  store_run<T, 32, kSegmentVectors>(dx, bytes, device::kAllLanes, lane, dy);
+  store_run<T, 32, kSegmentVectors>(dx, bytes, device::kAllLanes, lane, dy[0]);
 }
 
 // ---- resident ----------------------------------------------------------------------------------------------------
@@ -67,12 +68,12 @@ __global__ void __launch_bounds__(kPlaneThreads, 1) plane_backward_resident(cuda
     device::copy_wait<0>();
     device::sync_warp(device::kAllLanes);
 
-    Words x_data[kSegmentVectors], dy_data[kSegmentVectors];
+    Words x_data[1][kSegmentVectors], dy_data[1][kSegmentVectors];
     const auto read = [&](const Segment<T>& s, int piece) {
       const int x_shift = misaligned(x + s.offset(a.x_run_stride), 16);
       const int dy_shift = misaligned(dy + s.offset(a.dy_run_stride), 16);
-      read_image(slot<M>(a.runs, piece), x_shift, s.bytes(), 0, lane, x_data);
-      read_image(slot<M>(a.runs, piece, 1), dy_shift, s.bytes(), 0, lane, dy_data);
+      read_image(slot<M>(a.runs, piece), x_shift, s.bytes(), 0, lane, x_data[0]);
+      read_image(slot<M>(a.runs, piece, 1), dy_shift, s.bytes(), 0, lane, dy_data[0]);
     };
     for (int piece = 0; piece < own.count; ++piece) {
       const Segment<T> s(a.runs, own.first + piece);
@@ -100,11 +101,12 @@ struct WarpGradientSums {
 
 template <class T>
 __device__ __forceinline__ void load_segment(const cuda::PlaneBackward& a, std::int64_t channel, const Segment<T>& s,
-                                             Words (&x)[kSegmentVectors], Words (&dy)[kSegmentVectors]) {
+                                             Words (&x)[1][kSegmentVectors], Words (&dy)[1][kSegmentVectors]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  load_run<T, 32, kSegmentVectors>(a.x + channel * a.x_channel_stride + s.offset(a.x_run_stride), s.bytes(), lane, x);
+  load_run<T, 32, kSegmentVectors>(a.x + channel * a.x_channel_stride + s.offset(a.x_run_stride), s.bytes(), lane,
+                                   x[0]);
   load_run<T, 32, kSegmentVectors>(a.dy + channel * a.dy_channel_stride + s.offset(a.dy_run_stride), s.bytes(), lane,
-                                   dy);
+                                   dy[0]);
 }
 
 template <class T>
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kPlaneThreads, 1) plane_sums_streamed(cuda::Pl
   int parity = 0;
   for_pieces<false>(a.channels.count, a.runs, [&](std::int64_t c, std::int64_t piece, std::int64_t unit) {
     const Segment<T> s(a.runs, piece);
-    Words x[kSegmentVectors], dy[kSegmentVectors];
+    Words x[1][kSegmentVectors], dy[1][kSegmentVectors];
     load_segment(a, c, s, x, dy);
     parity ^= 1;
     const GradientSums sums =
@@ -126,7 +128,7 @@ template <class T>
 __global__ void __launch_bounds__(kPlaneThreads, 1) plane_gradient_streamed(cuda::PlaneBackward a) {
   for_pieces<true>(a.channels.count, a.runs, [&](std::int64_t c, std::int64_t piece, std::int64_t /*unit*/) {
     const Segment<T> s(a.runs, piece);
-    Words x[kSegmentVectors], dy[kSegmentVectors];
+    Words x[1][kSegmentVectors], dy[1][kSegmentVectors];
     load_segment(a, c, s, x, dy);
     gradient_segment<T>(static_cast<const GradientConstants<Compute<T>>*>(a.channels.constants)[c], s.bytes(),
                         a.dx + c * a.dx_channel_stride + s.offset(a.dx_run_stride), x, dy);

@@ -55,6 +55,10 @@ __device__ __forceinline__ Sums<S> select(bool condition, const Sums<S>& a, cons
   return {select(condition, a.first, b.first), select(condition, a.second, b.second)};
 }
 
+__device__ __forceinline__ GradientSums select(bool condition, const GradientSums& a, const GradientSums& b) {
+  return {select(condition, a.g, b.g), select(condition, a.gt, b.gt), select(condition, a.t, b.t)};
+}
+
 // ---- lanes -------------------------------------------------------------------------------------------------------
 
 // The lanes of `mask` that are a group of L adjacent ones.

@@ -48,84 +48,116 @@ struct ColumnSums {
 // ---- a run -------------------------------------------------------------------------------------------------------
 
 // weight of word step + lane, or 1. weight: of the first element of the run; count: elements of the run
-template <class T>
+template <class T, bool kWhole>
 __device__ __forceinline__ void load_weight(const char* weight, bool as_compute, int count, int step, int lane,
                                             Compute<T>* out) {
   if (weight != nullptr) {
-    load_parameters<T>(weight, as_compute, count, step, lane, out);
+    load_parameters<T, kWhole>(weight, as_compute, count, step, lane, out);
   } else {
 #pragma unroll
     for (int e = 0; e < kPerWord<T>; ++e) out[e] = Compute<T>(1);
   }
 }
 
-// Sums of g, g t and t over a run of L lanes.
-template <class T, int L, int V>
-__device__ __forceinline__ GradientSums run_sums(bool as_compute, const Words (&dy)[V], const Words (&x)[V],
-                                                 const char* weight, int count, Compute<T> mean, Compute<T> rstd,
-                                                 unsigned mask, int lane) {
+// Sums of g, g t and t of R rows, over a run of each in every group of L lanes: lane l gets, and has the mean and rstd
+// of, row l % R. The whole warp arrives here.
+template <class T, int L, int V, int R, bool kWhole>
+__device__ __forceinline__ GradientSums run_sums(bool as_compute, const Words (&dy)[R][V], const Words (&x)[R][V],
+                                                 const char* weight, int count, Compute<T> own_mean,
+                                                 Compute<T> own_rstd, int lane) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
-  C sum_g = C(0), sum_gt = C(0), sum_t = C(0);
+  C sum_g[R], sum_gt[R], sum_t[R], mean[R], rstd[R];
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int w = v * L + lane, left = count - w * E;
-    if (left <= 0) continue;
-    C g[E], t[E], gain[E];
-    unpack<T>(dy[v], g);
-    unpack<T>(x[v], t);
-    load_weight<T>(weight, as_compute, count, v * L, lane, gain);
+  for (int r = 0; r < R; ++r) {
+    sum_g[r] = sum_gt[r] = sum_t[r] = C(0);
+    mean[r] = of_row<L, R>(own_mean, r);
+    rstd[r] = of_row<L, R>(own_rstd, r);
+  }
 #pragma unroll
-    for (int e = 0; e < E; ++e) {
-      g[e] = g[e] * gain[e];
-      t[e] = (t[e] - mean) * rstd;
-    }
-    if (left < E) {
+  for (int v = 0; v < V && v * L * E < count; ++v) {
+    const int left = count - (v * L + lane) * E;
+    C gain[E];  // once for all rows; any of a lane without a word
+    load_weight<T, kWhole>(weight, as_compute, count, v * L, left > 0 ? lane : 0, gain);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      C g[E], t[E];
+      unpack<T>(dy[r][v], g);
+      unpack<T>(x[r][v], t);
 #pragma unroll
       for (int e = 0; e < E; ++e) {
-        if (e >= left) g[e] = t[e] = C(0);
+        g[e] = g[e] * gain[e];
+        t[e] = (t[e] - mean[r]) * rstd[r];
       }
+      if (!kWhole && left < E) {
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+          if (e >= left) g[e] = t[e] = C(0);
+        }
+      }
+      const bool none = kWhole && left <= 0;
+      sum_g[r] += select(none, C(0), tree<E>(g));
+      sum_gt[r] += select(none, C(0), tree_of_products<E>(g, t));
+      sum_t[r] += select(none, C(0), tree<E>(t));
     }
-    sum_g += tree<E>(g);
-    sum_gt += tree_of_products<E>(g, t);
-    sum_t += tree<E>(t);
   }
-  return fold_lanes(
-      mask, GradientSums{static_cast<double>(sum_g), static_cast<double>(sum_gt), static_cast<double>(sum_t)}, L);
+  GradientSums sums[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    sums[r] = {static_cast<double>(sum_g[r]), static_cast<double>(sum_gt[r]), static_cast<double>(sum_t[r])};
+  }
+  return fold_rows<L, R>(sums);
 }
 
-// dx of a run into `dy`, and from there to memory; the sums of its columns.
-template <class T, int L, int V>
-__device__ __forceinline__ void gradient_run(const cuda::RowBackward& a, const GradientConstants<Compute<T>>& k,
-                                             const char* weight, int count, char* dx, unsigned mask, int lane,
-                                             const Words (&x)[V], Words (&dy)[V],
-                                             ColumnSums<Compute<T>, V * kPerWord<T>>* sums) {
+// dx of a run of R rows into `dy`, and the sums of its columns. own: of row lane % R
+template <class T, int L, int V, int R, bool kWhole>
+__device__ __forceinline__ void gradient_runs(const cuda::RowBackward& a, const GradientConstants<Compute<T>>& own,
+                                              const char* weight, int count, int lane, const Words (&x)[R][V],
+                                              Words (&dy)[R][V], ColumnSums<Compute<T>, V * kPerWord<T>>* sums) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
+  GradientConstants<C> of[R];
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int w = v * L + lane, left = count - w * E;
-    if (left <= 0) continue;
-    C g[E], xhat[E], gain[E];
-    unpack<T>(dy[v], g);
-    unpack<T>(x[v], xhat);
-    load_weight<T>(weight, a.parameters_as_compute, count, v * L, lane, gain);
+  for (int r = 0; r < R; ++r) {
+    const C rstd = of_row<L, R>(own.rstd, r);  // its own factor
+    of[r] = {of_row<L, R>(own.mean, r),          rstd, of_row<L, R>(own.shift, r), of_row<L, R>(own.minus_mean_g, r),
+             of_row<L, R>(own.minus_mean_gx, r), rstd};
+  }
 #pragma unroll
-    for (int e = 0; e < E; ++e) xhat[e] = normalize(xhat[e], k.mean, k.rstd, k.shift);
-    if (a.partial != nullptr) {
+  for (int v = 0; v < V && v * L * E < count; ++v) {
+    const int place = (v * L + lane) * E < count ? lane : 0;
+    C gain[E];
+    load_weight<T, kWhole>(weight, a.parameters_as_compute, count, v * L, place, gain);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const GradientConstants<C>& k = of[r];
+      C g[E], xhat[E];
+      unpack<T>(dy[r][v], g);
+      unpack<T>(x[r][v], xhat);
+#pragma unroll
+      for (int e = 0; e < E; ++e) xhat[e] = normalize(xhat[e], k.mean, k.rstd, k.shift);
+      if (a.partial != nullptr) {
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+          sums->dweight[v * E + e].add(g[e] * xhat[e]);
+          sums->dbias[v * E + e].add(g[e]);
+        }
+      }
 #pragma unroll
       for (int e = 0; e < E; ++e) {
-        sums->dweight[v * E + e].add(g[e] * xhat[e]);
-        sums->dbias[v * E + e].add(g[e]);
+        g[e] = input_gradient(g[e], gain[e], xhat[e], k.minus_mean_g, k.minus_mean_gx, k.factor);
       }
+      dy[r][v] = pack<T>(g);
     }
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      g[e] = input_gradient(g[e], gain[e], xhat[e], k.minus_mean_g, k.minus_mean_gx, k.factor);
-    }
-    dy[v] = pack<T>(g);
   }
-  store_run<T, L, V>(dx, count * static_cast<int>(sizeof(T)), mask, lane, dy);
+}
+// Of one row, and to memory.
+template <class T, int V, bool kWhole>
+__device__ __forceinline__ void gradient_run(const cuda::RowBackward& a, const GradientConstants<Compute<T>>& k,
+                                             const char* weight, int count, char* dx, int lane, const Words (&x)[1][V],
+                                             Words (&dy)[1][V], ColumnSums<Compute<T>, V * kPerWord<T>>* sums) {
+  gradient_runs<T, 32, V, 1, kWhole>(a, k, weight, count, lane, x, dy, sums);
+  store_run<T, 32, V, kWhole>(dx, count * static_cast<int>(sizeof(T)), device::kAllLanes, lane, dy[0]);
 }
 
 // Constants of dx of a row from its sums.
@@ -133,7 +165,8 @@ template <class C>
 __device__ __forceinline__ GradientConstants<C> row_constants(const cuda::RowBackward& a, const GradientSums& sums,
                                                               C mean, C rstd) {
   double dweight;  // that of a weight that belongs to the statistic
-  return finish_gradient<C>(sums, static_cast<double>(a.length), mean, rstd, 1.0, true, &dweight);
+  return finish_gradient<C>(sums, Divisor{static_cast<double>(a.length), a.inverse_length}, mean, rstd, 1.0, true,
+                            &dweight);
 }
 
 // ---- a row to a group of lanes -----------------------------------------------------------------------------------
@@ -142,44 +175,61 @@ __device__ __forceinline__ GradientConstants<C> row_constants(const cuda::RowBac
 template <class T, int L, int V>
 inline constexpr std::size_t kGroupSumsBytes = 2 * (128 / L) * L * V * kPerWord<T> * sizeof(Compute<T>);
 
-// A chunk to a block: its groups take the rows in turn, the next row on its way in registers.
-template <class T, int L, int V>
-__global__ void __launch_bounds__(128, cuda::backward_group_blocks(V* kPerWord<T> * sizeof(Compute<T>)))
+// Whether the next rows are on their way in registers: where the sums leave room for 8 warps an SM alone.
+template <class T, int V>
+inline constexpr bool kRowsAhead = cuda::backward_group_blocks(sizeof(T), V) == 2;
+
+// A chunk to a block: its groups take the rows in turn, R of them at a time.
+template <class T, int L, int V, int R, bool kWhole>
+__global__ void __launch_bounds__(128, cuda::backward_group_blocks(sizeof(T), V))
     row_backward_group(cuda::RowBackward a) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>, kColumns = L * V * E, kGroups = 128 / L;
-  const unsigned mask = group_mask<L>();
+  constexpr bool kAhead = kRowsAhead<T, V>;
   const int lane = static_cast<int>(threadIdx.x) % L, group = static_cast<int>(threadIdx.x) / L;
+  const int first_of_warp = static_cast<int>(threadIdx.x) / 32 * (32 / L);
   const int count = static_cast<int>(a.length), bytes = count * static_cast<int>(sizeof(T));
   const char* weight = static_cast<const char*>(a.weight);
   for (std::int64_t chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x) {
     const std::int64_t end = (chunk + 1) * a.chunk_rows < a.rows ? (chunk + 1) * a.chunk_rows : a.rows;
-    std::int64_t row = chunk * a.chunk_rows + group;
     ColumnSums<C, V * E> sums;
     sums.reset();
-    Words dy[V], x[V];
-    if (row < end) {
-      load_run<T, L, V>(a.dy + row * a.dy_stride, bytes, lane, dy);
-      load_run<T, L, V>(a.x + row * a.x_stride, bytes, lane, x);
-    }
-    while (row < end) {
-      const std::int64_t next = row + kGroups;
-      Words next_dy[V], next_x[V];
-      if (next < end) {
-        load_run<T, L, V>(a.dy + next * a.dy_stride, bytes, lane, next_dy);
-        load_run<T, L, V>(a.x + next * a.x_stride, bytes, lane, next_x);
-      }
-      const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
-      const GradientSums row_sums =
-          run_sums<T, L, V>(a.parameters_as_compute, dy, x, weight, count, mean, rstd, mask, lane);
-      gradient_run<T, L, V>(a, row_constants(a, row_sums, mean, rstd), weight, count, a.dx + row * a.dx_stride, mask,
-                            lane, x, dy, &sums);
-      row = next;
-      if (row >= end) break;
+    const auto load = [&](std::int64_t row, Words(&dy)[R][V], Words(&x)[R][V]) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        dy[v] = next_dy[v];
-        x[v] = next_x[v];
+      for (int r = 0; r < R; ++r, row += kGroups) {
+        load_run<T, L, V, kWhole>(a.dy + row * a.dy_stride, row < end ? bytes : 0, lane, dy[r]);
+        load_run<T, L, V, kWhole>(a.x + row * a.x_stride, row < end ? bytes : 0, lane, x[r]);
+      }
+    };
+    Words dy[R][V], x[R][V];
+    if (kAhead) load(chunk * a.chunk_rows + group, dy, x);
+    // The whole warp, also where only its first group has a row.
+    for (std::int64_t base = chunk * a.chunk_rows; base + first_of_warp < end; base += R * kGroups) {
+      const std::int64_t row = base + group;  // and every kGroups-th after it
+      Words next_dy[R][V], next_x[R][V];
+      if (kAhead) {
+        load(row + R * kGroups, next_dy, next_x);
+      } else {
+        load(row, dy, x);
+      }
+      const std::int64_t own_row = row + lane % R * kGroups;
+      C mean = C(0), rstd = C(0);
+      if (own_row < end) {
+        mean = static_cast<const C*>(a.mean)[own_row];
+        rstd = static_cast<const C*>(a.rstd)[own_row];
+      }
+      const GradientSums row_sums =
+          run_sums<T, L, V, R, kWhole>(a.parameters_as_compute, dy, x, weight, count, mean, rstd, lane);
+      gradient_runs<T, L, V, R, kWhole>(a, row_constants(a, row_sums, mean, rstd), weight, count, lane, x, dy, &sums);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const std::int64_t at = row + r * kGroups;
+        store_run<T, L, V, kWhole>(a.dx + at * a.dx_stride, at < end ? bytes : 0, group_mask<L>(), lane, dy[r]);
+#pragma unroll
+        for (int v = 0; v < V && kAhead; ++v) {
+          dy[r][v] = next_dy[r][v];
+          x[r][v] = next_x[r][v];
+        }
       }
     }
     if (a.partial == nullptr) continue;
@@ -230,15 +280,15 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_sums_slab(cuda:
   for (std::int64_t unit = blockIdx.x; unit < a.rows * a.slabs; unit += gridDim.x) {
     const std::int64_t row = unit / a.slabs;
     const Slab<T, V> slab(a, unit - row * a.slabs, warp);
-    Words dy[V], x[V];
-    load_run<T, 32, V>(a.dy + row * a.dy_stride + slab.run.offset(), slab.run.bytes(), lane, dy);
-    load_run<T, 32, V>(a.x + row * a.x_stride + slab.run.offset(), slab.run.bytes(), lane, x);
+    Words dy[1][V], x[1][V];
+    load_run<T, 32, V>(a.dy + row * a.dy_stride + slab.run.offset(), slab.run.bytes(), lane, dy[0]);
+    load_run<T, 32, V>(a.x + row * a.x_stride + slab.run.offset(), slab.run.bytes(), lane, x[0]);
     const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
     parity ^= 1;
     const GradientSums sums = fold_warps<cuda::kPieceWarps>(
-        run_sums<T, 32, V>(a.parameters_as_compute, dy, x,
-                           parameters_from<T>(a.weight, a.parameters_as_compute, slab.run.first), slab.run.count, mean,
-                           rstd, device::kAllLanes, lane),
+        run_sums<T, 32, V, 1, false>(a.parameters_as_compute, dy, x,
+                                     parameters_from<T>(a.weight, a.parameters_as_compute, slab.run.first),
+                                     slab.run.count, mean, rstd, lane),
         shared.warps[parity]);
     if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[unit] = sums;
   }
@@ -255,7 +305,7 @@ __device__ __forceinline__ GradientSums fold_slabs(const cuda::RowBackward& a, c
 
 // A chunk and a slab to a block; with several slabs and no slab_sums the blocks of a cluster are the slabs of a row.
 // One barrier of the block and one of the cluster a row.
-template <class T, int V>
+template <class T, int V, bool kWhole>
 __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(cuda::RowBackward a) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
@@ -271,15 +321,15 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(
     ColumnSums<C, V * E> sums;
     sums.reset();
     std::int64_t row = chunk * a.chunk_rows;
-    Words dy[V], x[V];
-    load_run<T, 32, V>(a.dy + row * a.dy_stride + run.offset(), run.bytes(), lane, dy);
-    load_run<T, 32, V>(a.x + row * a.x_stride + run.offset(), run.bytes(), lane, x);
+    Words dy[1][V], x[1][V];
+    load_run<T, 32, V, kWhole>(a.dy + row * a.dy_stride + run.offset(), run.bytes(), lane, dy[0]);
+    load_run<T, 32, V, kWhole>(a.x + row * a.x_stride + run.offset(), run.bytes(), lane, x[0]);
     while (true) {
       const std::int64_t next = row + 1;
       Words next_dy[V], next_x[V];
       if (next < end) {
-        load_run<T, 32, V>(a.dy + next * a.dy_stride + run.offset(), run.bytes(), lane, next_dy);
-        load_run<T, 32, V>(a.x + next * a.x_stride + run.offset(), run.bytes(), lane, next_x);
+        load_run<T, 32, V, kWhole>(a.dy + next * a.dy_stride + run.offset(), run.bytes(), lane, next_dy);
+        load_run<T, 32, V, kWhole>(a.x + next * a.x_stride + run.offset(), run.bytes(), lane, next_x);
       }
       const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
       GradientSums row_sums;
@@ -288,21 +338,21 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(
         row_sums = fold_places(a.slabs, [&](std::int64_t i) { return of_row[i]; });
       } else {
         parity ^= 1;
-        row_sums =
-            fold_slabs(a,
-                       fold_warps<cuda::kPieceWarps>(run_sums<T, 32, V>(a.parameters_as_compute, dy, x, weight,
-                                                                        run.count, mean, rstd, device::kAllLanes, lane),
-                                                     shared.warps[parity]),
-                       &shared.slab[parity]);
+        row_sums = fold_slabs(
+            a,
+            fold_warps<cuda::kPieceWarps>(
+                run_sums<T, 32, V, 1, kWhole>(a.parameters_as_compute, dy, x, weight, run.count, mean, rstd, lane),
+                shared.warps[parity]),
+            &shared.slab[parity]);
       }
-      gradient_run<T, 32, V>(a, row_constants(a, row_sums, mean, rstd), weight, run.count,
-                             a.dx + row * a.dx_stride + run.offset(), device::kAllLanes, lane, x, dy, &sums);
+      gradient_run<T, V, kWhole>(a, row_constants(a, row_sums, mean, rstd), weight, run.count,
+                                 a.dx + row * a.dx_stride + run.offset(), lane, x, dy, &sums);
       if (next >= end) break;
       row = next;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        dy[v] = next_dy[v];
-        x[v] = next_x[v];
+        dy[0][v] = next_dy[v];
+        x[0][v] = next_x[v];
       }
     }
     if (a.partial == nullptr) continue;

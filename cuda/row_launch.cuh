@@ -2,6 +2,8 @@
 // storage type, so that they compile side by side.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/kernels.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/row_gradient.cuh"
@@ -97,17 +99,27 @@ void row_backward(RowBackward args, const RowBackwardChoice& choice, const Conte
   args.slabs = choice.slabs;
   args.slab_words = choice.slab_words;
   if (choice.group) {
-    const auto group = [&](auto s) {
-      launch(row_backward_group<T, s.kLanes, s.kWords>,
-             {choice.blocks, choice.threads, 1, kGroupSumsBytes<T, s.kLanes, s.kWords>}, context.stream, args);
+    const auto group = [&](auto whole) {
+      return [&](auto s) {
+        launch(row_backward_group<T, s.kLanes, s.kWords, s.kRows, decltype(whole)::value>,
+               {choice.blocks, choice.threads, 1, kGroupSumsBytes<T, s.kLanes, s.kWords>}, context.stream, args);
+      };
     };
-    with_shape<Shape<8, 1>, Shape<16, 1>, Shape<16, 2>, Shape<32, 2>>(choice.shape, group);
-    if constexpr (sizeof(T) > 2) with_shape<Shape<32, 4>>(choice.shape, group);
+    if (choice.whole) {
+      const auto launch_whole = group(std::true_type{});
+      with_shape<Shape<8, 1, 4>, Shape<16, 1, 4>, Shape<16, 2, 2>, Shape<32, 2, 2>>(choice.shape, launch_whole);
+      if constexpr (sizeof(T) > 2) with_shape<Shape<32, 4>>(choice.shape, launch_whole);
+    } else {
+      const auto launch_any = group(std::false_type{});
+      with_shape<Shape<8, 1>, Shape<16, 1>, Shape<16, 2>, Shape<32, 2>>(choice.shape, launch_any);
+      if constexpr (sizeof(T) > 2) with_shape<Shape<32, 4>>(choice.shape, launch_any);
+    }
     return;
   }
   constexpr int V = sizeof(T) == 2 ? 2 : 4;
   Config config{choice.blocks, choice.threads, choice.cluster, sizeof(SlabSums)};
-  if (choice.cluster > 1 && !fits(row_backward_block<T, V>, config, context.device)) config.cluster = 1;
+  const auto kernel = choice.whole ? row_backward_block<T, V, true> : row_backward_block<T, V, false>;
+  if (choice.cluster > 1 && !fits(kernel, config, context.device)) config.cluster = 1;
   if (args.slabs > 1 && config.cluster == 1) {
     args.slab_sums =
         context.allocate(context.state, static_cast<std::size_t>(args.rows * args.slabs) * sizeof(GradientSums));
@@ -115,7 +127,7 @@ void row_backward(RowBackward args, const RowBackwardChoice& choice, const Conte
     sums.blocks = grid_of(args.rows * args.slabs, 4, device_limits(context.device));
     launch(row_sums_slab<T, V>, sums, context.stream, args);
   }
-  launch(row_backward_block<T, V>, config, context.stream, args);
+  launch(kernel, config, context.stream, args);
 }
 
 template <class T>

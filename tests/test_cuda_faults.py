@@ -49,6 +49,7 @@ STREAMED = (case("forward", 5, 9001, shared=NO_PIECE),)
 COLUMNS = (case("forward", 520, 70, axis=0), case("forward", 520, 67, axis=0, shift=3))
 COLUMNS_STREAMED = (case("forward", 520, 150, axis=0, shared=FEW_STRETCHES, cluster=1),)
 BACKWARD_GROUP = (case("backward", 108, 99),)
+WHOLE_BACKWARD_GROUP = (case("backward", 107, 24), case("backward", 107, 96))
 BACKWARD_BLOCK = (case("dx", 24, 517),)
 BACKWARD_CLUSTER = (case("dx", 12, 4103),)
 BACKWARD_SLABS = (case("dx", 5, 4103, cluster=1),)
@@ -209,7 +210,7 @@ FAULTS = {
             "row += `std::int64_t{gridDim.x} * R`)", "std::int64_t{gridDim.x} * R + 1", ADDRESS, WRONG, WHOLE_BLOCK
         ),
         "second of two rows read where there is one": Fault(
-            "`r < rows` ? share.bytes() : 0, lane, words", "true", ADDRESS, OVERRUN, WHOLE_BLOCK
+            "`r < rows` ? bytes : 0, lane, words", "true", ADDRESS, OVERRUN, WHOLE_BLOCK
         ),
     },
     "norms.cu": {
@@ -266,9 +267,19 @@ FAULTS = {
         "last piece not written": Fault("`left > 0`;", "left > 1", ADDRESS, WRONG, STREAMED),
     },
     "row_gradient.cuh": {
-        "tail counted in the sums": Fault("if (`left < E`) {", "left < 0", ADDRESS, WRONG, BACKWARD_GROUP),
-        "rows of a chunk left out": Fault(
-            "next = `row + kGroups`;", "row + kGroups + 1", ADDRESS, WRONG, BACKWARD_GROUP
+        "tail counted in the sums": Fault("if (!kWhole && `left < E`) {", "left < 0", ADDRESS, WRONG, BACKWARD_GROUP),
+        "lanes without a word counted": Fault(
+            "none = `kWhole && left <= 0`;", "false", ADDRESS, WRONG, WHOLE_BACKWARD_GROUP
+        ),
+        "rows of a chunk left out": Fault("base += `R * kGroups`)", "R * kGroups + 1", ADDRESS, WRONG, BACKWARD_GROUP),
+        "row after the last one read": Fault(
+            "`row < end` ? bytes : 0, lane, dy[r]", "row <= end", ADDRESS, f"{OVERRUN}|{WRONG}", WHOLE_BACKWARD_GROUP
+        ),
+        "row after the last one written": Fault(
+            "`at < end` ? bytes : 0, group_mask", "at <= end", ADDRESS, f"{OVERRUN}|{WRONG}", WHOLE_BACKWARD_GROUP
+        ),
+        "statistics of the row after the last one read": Fault(
+            "if (`own_row < end`)", "own_row <= end", ADDRESS, OVERRUN, WHOLE_BACKWARD_GROUP
         ),
         "no barrier before the groups are folded": Fault(f"{BARRIER} C* partial", "", THREAD, RACE, BACKWARD_GROUP),
         "no barrier before the next chunk": Fault(

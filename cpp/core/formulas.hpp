@@ -291,8 +291,8 @@ struct GradientTerms {
   D minus_low, minus_mean_g, minus_mean_gx;
 };
 
-template <class D>
-LANENORM_INLINE GradientTerms<D> gradient_terms(D g, D gt, D t, D count) {
+template <class D, class N>
+LANENORM_INLINE GradientTerms<D> gradient_terms(D g, D gt, D t, N count) {
   GradientTerms<D> terms;
   terms.minus_low = negate(t / count);
   terms.gx = fma(terms.minus_low, g, gt);
@@ -307,9 +307,9 @@ LANENORM_INLINE GradientTerms<D> frozen_terms(D gt, D zero) {
   return {gt, zero, zero, zero};
 }
 
-template <class C>
-LANENORM_INLINE GradientConstants<C> finish_gradient(const GradientSums& sums, double count, C mean, C rstd,
-                                                     double weight, bool training, double* dweight) {
+template <class C, class N>
+LANENORM_INLINE GradientConstants<C> finish_gradient(const GradientSums& sums, N count, C mean, C rstd, double weight,
+                                                     bool training, double* dweight) {
   const C factor = static_cast<C>(static_cast<double>(rstd) * weight);
   const GradientTerms<double> terms =
       training ? gradient_terms(sums.g, sums.gt, sums.t, count) : frozen_terms(sums.gt, 0.0);

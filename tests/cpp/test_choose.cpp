@@ -30,8 +30,8 @@ RowForwardChoice row_forward_of(std::int64_t rows, std::int64_t length, const De
   return choose_row_forward(*plan_of(rows, length, 1, dtype), device, dtype, whole);
 }
 RowBackwardChoice row_backward_of(std::int64_t rows, std::int64_t length, const DeviceLimits& device = kH200,
-                                  DType dtype = DType::float32) {
-  return choose_row_backward(*plan_of(rows, length, 1, dtype), device, dtype);
+                                  DType dtype = DType::float32, bool whole = true) {
+  return choose_row_backward(*plan_of(rows, length, 1, dtype), device, dtype, whole);
 }
 
 void check_group(std::int64_t length, int lanes, int words) {
@@ -73,6 +73,20 @@ void whole_rows_are_taken_several_at_a_time() {
   CHECK_EQ(row_forward_of(9, 2048).blocks, 5);  // 2
   CHECK_EQ(row_forward_of(1 << 20, 32).blocks, 4 * 132);
   CHECK_EQ(row_forward_of(1 << 20, 32, kH200, DType::bfloat16).blocks, 3 * 132);
+}
+
+void backward_takes_whole_rows_several_at_a_time_too() {
+  for (const std::int64_t length : {32, 64, 128, 256, 512}) {
+    const RowBackwardChoice whole = row_backward_of(1 << 20, length);
+    const RowBackwardChoice other = row_backward_of(1 << 20, length, kH200, DType::float32, false);
+    CHECK(whole.group && whole.whole && other.group && !other.whole);
+    CHECK_EQ(whole.shape.words * whole.shape.rows, 4);  // of x, and 4 of dy
+    CHECK_EQ(other.shape.rows, 1);
+    CHECK_EQ(other.shape.lanes, whole.shape.lanes);
+    CHECK_EQ(other.shape.words, whole.shape.words);
+    CHECK_EQ(other.chunk_rows, whole.chunk_rows);
+    CHECK_EQ(other.chunks, whole.chunks);
+  }
 }
 
 void longer_rows_belong_to_blocks() {
@@ -326,6 +340,7 @@ void bits_of_planes_do_not_depend_on_the_device() {
 int main() {
   short_rows_belong_to_groups_of_lanes();
   whole_rows_are_taken_several_at_a_time();
+  backward_takes_whole_rows_several_at_a_time_too();
   longer_rows_belong_to_blocks();
   long_rows_stay_on_chip();
   chunks_of_rows();
