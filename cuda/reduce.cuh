@@ -160,5 +160,16 @@ __device__ __forceinline__ M fold_warps(const M& mine, M* scratch) {
   return fold_lanes(device::kAllLanes, place < warps ? scratch[place] : M{}, kWarps);
 }
 
+// Of R rows at a time, lane l with that of row l % R before and after; the bits are the same. At most 32 places.
+template <int kWarps, int R, class M>
+__device__ __forceinline__ M fold_warps_of_rows(const M& mine, M (*scratch)[kWarps]) {
+  static_assert(R * kWarps <= 32);
+  const int lane = static_cast<int>(threadIdx.x) % 32, place = lane / R % kWarps;
+  if (lane < R) scratch[lane][threadIdx.x / 32] = mine;
+  device::sync_block();
+  const bool some = place < static_cast<int>(blockDim.x) / 32;
+  return fold_lanes(device::kAllLanes, some ? scratch[lane % R][place] : M{}, R * kWarps, R);
+}
+
 }  // namespace LANENORM_ISA
 }  // namespace lanenorm

@@ -5,8 +5,9 @@
 // own, then dx (5s).
 //
 // THE ORDER OF OPERATIONS: the sums of a row as moments are summed (words, lanes, runs of a warp), across lanes in
-// double, slabs of a row as a tree. dweight and dbias of a column over the rows of a chunk in index order, compensated;
-// where a block holds several rows at a time, its groups then in order, in double; chunks by fold_partials in double.
+// double, slabs of a row as a tree. dweight and dbias of a column over the rows of a chunk in index order, compensated:
+// row by row where groups of lanes hold several rows, groups then in order, in double; where a block holds a row, eight
+// rows are summed plainly first. Chunks by fold_partials in double.
 //
 // Longer than 300 lines because groups, slabs and the fold of partials read as one method.
 #pragma once
@@ -44,6 +45,37 @@ struct ColumnSums {
     for (int i = 0; i < N; ++i) dweight[i] = dbias[i] = {C(0), C(0)};
   }
 };
+
+// Those of the last rows: 2 operations a term, not 9. Up to kRecentRows plain additions cost 4 u of sum |terms|.
+inline constexpr int kRecentRows = 8;
+template <class C, int N>
+struct RecentSums {
+  C dweight[N], dbias[N];
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int i = 0; i < N; ++i) dweight[i] = dbias[i] = C(0);
+  }
+  __device__ __forceinline__ void move_to(ColumnSums<C, N>* sums) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      sums->dweight[i].add(dweight[i]);
+      sums->dbias[i].add(dbias[i]);
+    }
+    reset();
+  }
+};
+
+// A row's term of column i.
+template <class C, int N>
+__device__ __forceinline__ void add_term(ColumnSums<C, N>* sums, int i, C dy, C xhat) {
+  sums->dweight[i].add(dy * xhat);
+  sums->dbias[i].add(dy);
+}
+template <class C, int N>
+__device__ __forceinline__ void add_term(RecentSums<C, N>* sums, int i, C dy, C xhat) {
+  sums->dweight[i] = fma(dy, xhat, sums->dweight[i]);
+  sums->dbias[i] += dy;
+}
 
 // ---- a run -------------------------------------------------------------------------------------------------------
 
@@ -110,10 +142,10 @@ __device__ __forceinline__ GradientSums run_sums(bool as_compute, const Words (&
 }
 
 // dx of a run of R rows into `dy`, and the sums of its columns. own: of row lane % R
-template <class T, int L, int V, int R, bool kWhole>
+template <class T, int L, int V, int R, bool kWhole, class S>
 __device__ __forceinline__ void gradient_runs(const cuda::RowBackward& a, const GradientConstants<Compute<T>>& own,
                                               const char* weight, int count, int lane, const Words (&x)[R][V],
-                                              Words (&dy)[R][V], ColumnSums<Compute<T>, V * kPerWord<T>>* sums) {
+                                              Words (&dy)[R][V], S* sums) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
   GradientConstants<C> of[R];
@@ -138,10 +170,7 @@ __device__ __forceinline__ void gradient_runs(const cuda::RowBackward& a, const 
       for (int e = 0; e < E; ++e) xhat[e] = normalize(xhat[e], k.mean, k.rstd, k.shift);
       if (a.partial != nullptr) {
 #pragma unroll
-        for (int e = 0; e < E; ++e) {
-          sums->dweight[v * E + e].add(g[e] * xhat[e]);
-          sums->dbias[v * E + e].add(g[e]);
-        }
+        for (int e = 0; e < E; ++e) add_term(sums, v * E + e, g[e], xhat[e]);
       }
 #pragma unroll
       for (int e = 0; e < E; ++e) {
@@ -151,15 +180,6 @@ __device__ __forceinline__ void gradient_runs(const cuda::RowBackward& a, const 
     }
   }
 }
-// Of one row, and to memory.
-template <class T, int V, bool kWhole>
-__device__ __forceinline__ void gradient_run(const cuda::RowBackward& a, const GradientConstants<Compute<T>>& k,
-                                             const char* weight, int count, char* dx, int lane, const Words (&x)[1][V],
-                                             Words (&dy)[1][V], ColumnSums<Compute<T>, V * kPerWord<T>>* sums) {
-  gradient_runs<T, 32, V, 1, kWhole>(a, k, weight, count, lane, x, dy, sums);
-  store_run<T, 32, V, kWhole>(dx, count * static_cast<int>(sizeof(T)), device::kAllLanes, lane, dy[0]);
-}
-
 // Constants of dx of a row from its sums.
 template <class C>
 __device__ __forceinline__ GradientConstants<C> row_constants(const cuda::RowBackward& a, const GradientSums& sums,
@@ -256,10 +276,11 @@ __global__ void __launch_bounds__(128, cuda::backward_group_blocks(sizeof(T), V)
 
 // ---- a slab of a row to a block ----------------------------------------------------------------------------------
 
-// Shared memory of a block: of this row, and of the one before, which others may still read.
+// Shared memory of a block: of these R rows, and of those before, which others may still read.
+template <int R>
 struct SlabSums {
-  GradientSums warps[2][cuda::kPieceWarps];
-  GradientSums slab[2];
+  GradientSums warps[2][R][cuda::kPieceWarps];
+  GradientSums slab[2][R];
 };
 
 template <class T, int V>
@@ -274,7 +295,7 @@ struct Slab {
 template <class T, int V>
 __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_sums_slab(cuda::RowBackward a) {
   using C = Compute<T>;
-  SlabSums& shared = device::shared<SlabSums>();
+  SlabSums<1>& shared = device::shared<SlabSums<1>>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int parity = 0;
   for (std::int64_t unit = blockIdx.x; unit < a.rows * a.slabs; unit += gridDim.x) {
@@ -289,27 +310,48 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_sums_slab(cuda:
         run_sums<T, 32, V, 1, false>(a.parameters_as_compute, dy, x,
                                      parameters_from<T>(a.weight, a.parameters_as_compute, slab.run.first),
                                      slab.run.count, mean, rstd, lane),
-        shared.warps[parity]);
+        shared.warps[parity][0]);
     if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[unit] = sums;
   }
 }
 
-// The sums of a row: of the only slab, of those of the cluster, or as row_sums_slab left them.
-__device__ __forceinline__ GradientSums fold_slabs(const cuda::RowBackward& a, const GradientSums& mine,
-                                                   GradientSums* place) {
-  if (a.slabs == 1) return mine;
-  if (threadIdx.x == 0) *place = mine;
+// The sums of R rows from those of the warps, lane l of row l % R: of the only slab, or of those of the cluster.
+template <int R>
+__device__ __forceinline__ GradientSums fold_slabs(const cuda::RowBackward& a, const GradientSums& mine, int parity,
+                                                   SlabSums<R>& shared) {
+  const GradientSums of_slab = fold_warps_of_rows<cuda::kPieceWarps, R>(mine, shared.warps[parity]);
+  if (a.slabs == 1) return of_slab;
+  if (threadIdx.x < R) shared.slab[parity][threadIdx.x] = of_slab;
   device::sync_cluster();
-  return fold_places(a.slabs, [&](std::int64_t i) { return *device::of_block(place, static_cast<unsigned>(i)); });
+  GradientSums of_row[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    of_row[r] = fold_places(
+        a.slabs, [&](std::int64_t i) { return *device::of_block(&shared.slab[parity][r], static_cast<unsigned>(i)); });
+  }
+  return own_row(of_row, static_cast<int>(threadIdx.x));
 }
 
-// A chunk and a slab to a block; with several slabs and no slab_sums the blocks of a cluster are the slabs of a row.
-// One barrier of the block and one of the cluster a row.
-template <class T, int V, bool kWhole>
+// The sums of R rows as row_sums_slab left them.
+template <int R>
+__device__ __forceinline__ GradientSums read_slabs(const cuda::RowBackward& a, std::int64_t row, std::int64_t end) {
+  GradientSums of_row[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const GradientSums* sums = static_cast<const GradientSums*>(a.slab_sums) + (row + r) * a.slabs;
+    of_row[r] = fold_places(row + r < end ? a.slabs : 0, [&](std::int64_t i) { return sums[i]; });
+  }
+  return own_row(of_row, static_cast<int>(threadIdx.x));
+}
+
+// A chunk and a slab to a block, R rows at a time, the next ones on their way in registers; with several slabs and no
+// slab_sums the blocks of a cluster are the slabs of a row. One barrier of the block and one of the cluster for R rows.
+template <class T, int V, int R, bool kWhole>
 __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(cuda::RowBackward a) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
-  SlabSums& shared = device::shared<SlabSums>();
+  static_assert(kRecentRows % R == 0);
+  SlabSums<R>& shared = device::shared<SlabSums<R>>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int parity = 0;
   for (std::int64_t unit = blockIdx.x; unit < a.chunks * a.slabs; unit += gridDim.x) {
@@ -317,44 +359,54 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(
     const Slab<T, V> slab(a, unit - chunk * a.slabs, warp);
     const Share<T>& run = slab.run;
     const char* weight = parameters_from<T>(a.weight, a.parameters_as_compute, run.first);
-    const std::int64_t end = (chunk + 1) * a.chunk_rows < a.rows ? (chunk + 1) * a.chunk_rows : a.rows;
+    const std::int64_t first = chunk * a.chunk_rows;
+    const std::int64_t end = first + a.chunk_rows < a.rows ? first + a.chunk_rows : a.rows;
     ColumnSums<C, V * E> sums;
+    RecentSums<C, V * E> recent;
     sums.reset();
-    std::int64_t row = chunk * a.chunk_rows;
-    Words dy[1][V], x[1][V];
-    load_run<T, 32, V, kWhole>(a.dy + row * a.dy_stride + run.offset(), run.bytes(), lane, dy[0]);
-    load_run<T, 32, V, kWhole>(a.x + row * a.x_stride + run.offset(), run.bytes(), lane, x[0]);
-    while (true) {
-      const std::int64_t next = row + 1;
-      Words next_dy[V], next_x[V];
-      if (next < end) {
-        load_run<T, 32, V, kWhole>(a.dy + next * a.dy_stride + run.offset(), run.bytes(), lane, next_dy);
-        load_run<T, 32, V, kWhole>(a.x + next * a.x_stride + run.offset(), run.bytes(), lane, next_x);
+    recent.reset();
+    const auto load = [&](std::int64_t row, Words(&dy)[R][V], Words(&x)[R][V]) {
+#pragma unroll
+      for (int r = 0; r < R; ++r, ++row) {
+        const int bytes = row < end ? run.bytes() : 0;
+        load_run<T, 32, V, kWhole>(a.dy + row * a.dy_stride + run.offset(), bytes, lane, dy[r]);
+        load_run<T, 32, V, kWhole>(a.x + row * a.x_stride + run.offset(), bytes, lane, x[r]);
       }
-      const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
+    };
+    Words dy[R][V], x[R][V];
+    load(first, dy, x);
+    for (std::int64_t row = first; row < end; row += R) {
+      Words next_dy[R][V], next_x[R][V];
+      load(row + R, next_dy, next_x);
+      C mean = C(0), rstd = C(0);
+      if (row + lane % R < end) {
+        mean = static_cast<const C*>(a.mean)[row + lane % R];
+        rstd = static_cast<const C*>(a.rstd)[row + lane % R];
+      }
       GradientSums row_sums;
       if (a.slab_sums != nullptr) {
-        const GradientSums* of_row = static_cast<const GradientSums*>(a.slab_sums) + row * a.slabs;
-        row_sums = fold_places(a.slabs, [&](std::int64_t i) { return of_row[i]; });
+        row_sums = read_slabs<R>(a, row, end);
       } else {
         parity ^= 1;
-        row_sums = fold_slabs(
-            a,
-            fold_warps<cuda::kPieceWarps>(
-                run_sums<T, 32, V, 1, kWhole>(a.parameters_as_compute, dy, x, weight, run.count, mean, rstd, lane),
-                shared.warps[parity]),
-            &shared.slab[parity]);
+        const GradientSums mine =
+            run_sums<T, 32, V, R, kWhole>(a.parameters_as_compute, dy, x, weight, run.count, mean, rstd, lane);
+        row_sums = fold_slabs<R>(a, mine, parity, shared);
       }
-      gradient_run<T, V, kWhole>(a, row_constants(a, row_sums, mean, rstd), weight, run.count,
-                                 a.dx + row * a.dx_stride + run.offset(), lane, x, dy, &sums);
-      if (next >= end) break;
-      row = next;
+      gradient_runs<T, 32, V, R, kWhole>(a, row_constants(a, row_sums, mean, rstd), weight, run.count, lane, x, dy,
+                                         &recent);
+      if ((row + R - first) % kRecentRows == 0) recent.move_to(&sums);
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        dy[0][v] = next_dy[v];
-        x[0][v] = next_x[v];
+      for (int r = 0; r < R; ++r) {
+        store_run<T, 32, V, kWhole>(a.dx + (row + r) * a.dx_stride + run.offset(), row + r < end ? run.bytes() : 0,
+                                    device::kAllLanes, lane, dy[r]);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          dy[r][v] = next_dy[r][v];
+          x[r][v] = next_x[r][v];
+        }
       }
     }
+    recent.move_to(&sums);
     if (a.partial == nullptr) continue;
     C* partial = static_cast<C*>(a.partial) + chunk * 2 * a.partial_length + run.first;
 #pragma unroll

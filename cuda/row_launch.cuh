@@ -116,14 +116,16 @@ void row_backward(RowBackward args, const RowBackwardChoice& choice, const Conte
     }
     return;
   }
-  constexpr int V = sizeof(T) == 2 ? 2 : 4;
-  Config config{choice.blocks, choice.threads, choice.cluster, sizeof(SlabSums)};
-  const auto kernel = choice.whole ? row_backward_block<T, V, true> : row_backward_block<T, V, false>;
+  constexpr int V = sizeof(T) == 2 ? 2 : 4, R = sizeof(T) == 2 ? 2 : 1;  // 16 columns of 4 bytes, or 8 of 8
+  const std::size_t shared = choice.whole ? sizeof(SlabSums<R>) : sizeof(SlabSums<1>);
+  Config config{choice.blocks, choice.threads, choice.cluster, shared};
+  const auto kernel = choice.whole ? row_backward_block<T, V, R, true> : row_backward_block<T, V, 1, false>;
   if (choice.cluster > 1 && !fits(kernel, config, context.device)) config.cluster = 1;
   if (args.slabs > 1 && config.cluster == 1) {
     args.slab_sums =
         context.allocate(context.state, static_cast<std::size_t>(args.rows * args.slabs) * sizeof(GradientSums));
     Config sums = config;
+    sums.shared_bytes = sizeof(SlabSums<1>);
     sums.blocks = grid_of(args.rows * args.slabs, 4, device_limits(context.device));
     launch(row_sums_slab<T, V>, sums, context.stream, args);
   }

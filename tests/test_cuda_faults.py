@@ -51,6 +51,7 @@ COLUMNS_STREAMED = (case("forward", 520, 150, axis=0, shared=FEW_STRETCHES, clus
 BACKWARD_GROUP = (case("backward", 108, 99),)
 WHOLE_BACKWARD_GROUP = (case("backward", 107, 24), case("backward", 107, 96))
 BACKWARD_BLOCK = (case("dx", 24, 517),)
+BACKWARD_BLOCK_SUMS = (case("backward", 2100, 517),)  # chunks of 9 rows, of which 8 are summed first
 BACKWARD_CLUSTER = (case("dx", 12, 4103),)
 BACKWARD_SLABS = (case("dx", 5, 4103, cluster=1),)
 BACKWARD_COLUMNS = (case("backward", 520, 70, axis=0), case("backward", 520, 67, axis=0, shift=3))
@@ -70,6 +71,7 @@ CHANNEL_COLUMNS += (batch("forward", 520, 150, 1, shared=FEW_STRETCHES, cluster=
 BACKWARD_PLANES = (batch("backward", 2, 5, 320), batch("backward", 9, 3, 1303, shared=TWO_PIECES))
 BACKWARD_PLANES += (batch("backward", 9, 2, 1303, shift=3, shared=TWO_PIECES),)
 BACKWARD_PLANES_STREAMED = (batch("backward", 9, 3, 1303, shared=NO_PIECE),)
+FEW_WARPS = (batch("backward", 2, 5, 320, shared=NO_PIECE),)
 BACKWARD_CHANNEL_COLUMNS = (batch("backward", 520, 70, 1), batch("backward", 20, 9, 49))
 BACKWARD_CHANNEL_COLUMNS += (batch("backward", 520, 150, 1, shared=FEW_STRETCHES, cluster=1),)
 
@@ -167,9 +169,13 @@ FAULTS = {
         "another row's number from its lane": Fault(
             "shuffle(device::kAllLanes, own, `r`, L);", "r ^ 1", ADDRESS, WRONG, WHOLE_GROUP
         ),
-        "no barrier between the warps of a block": Fault(BARRIER, "", THREAD, RACE, BACKWARD_BLOCK),
+        "no barrier between the warps of a block": Fault(f"{BARRIER} const int place", "", THREAD, RACE, STREAMED),
         "scratch of warps that are not there": Fault(
-            "`place < warps ? scratch[place] : M{}`", "scratch[place]", ADDRESS, WRONG, BACKWARD_BLOCK
+            "`place < warps ? scratch[place] : M{}`", "scratch[place]", ADDRESS, WRONG, FEW_WARPS
+        ),
+        "no barrier between the warps of rows": Fault(f"{BARRIER} const bool some", "", THREAD, RACE, BACKWARD_BLOCK),
+        "scratch of rows of warps that are not there": Fault(
+            "`some ? scratch[lane % R][place] : M{}`", "scratch[lane % R][place]", ADDRESS, WRONG, BACKWARD_BLOCK
         ),
     },
     "row_norm.cuh": {
@@ -297,9 +303,18 @@ FAULTS = {
         "no barrier before the next columns are folded": Fault(
             f"column, total); }} {BARRIER}", "", THREAD, RACE, BACKWARD_GROUP
         ),
-        "scratch of the row before used again": Fault("`parity ^= 1;` row_sums", "", THREAD, RACE, BACKWARD_BLOCK),
+        "scratch of the row before used again": Fault(
+            "`parity ^= 1;` const GradientSums mine", "", THREAD, RACE, BACKWARD_BLOCK
+        ),
+        "row of a slab after the last one read": Fault(
+            "bytes = `row < end ? run.bytes() : 0`;", "run.bytes()", ADDRESS, OVERRUN, BACKWARD_BLOCK
+        ),
+        "last rows not summed": Fault(
+            "`recent.move_to(&sums);` if (a.partial == nullptr)", "", ADDRESS, WRONG, BACKWARD_BLOCK_SUMS
+        ),
+        "rows summed twice": Fault("} `reset();` }", "", ADDRESS, WRONG, BACKWARD_BLOCK_SUMS),
         "no cluster barrier before the slabs are folded": Fault(
-            f"{CLUSTER_BARRIER} return fold_places",
+            f"{CLUSTER_BARRIER} GradientSums of_row",
             "",
             *(THREAD, "before the first sync_cluster", BACKWARD_CLUSTER),
         ),

@@ -188,6 +188,15 @@ def test_cuda_layer_norm_gradients_over_chunks(device, rng, dtype, rows):
 # ---- Exact where it can be ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3:2], ids=lambda d: d.name)
+@pytest.mark.parametrize("count", [1040, 1041])
+def test_cuda_layer_norm_gradients_of_many_rows_a_chunk(device, rng, dtype, count):
+    """Chunks of 17 rows, of which 8 are summed before they go to the compensated sums: equal rows round alike."""
+    count //= dtype.itemsize // 2
+    x, dy = (np.tile(normal(rng, (1, count), dtype), (4100, 1)) for _ in range(2))
+    check(device, x, dy, normal(rng, (count,), dtype))
+
+
 @by_dtype
 @pytest.mark.parametrize("size", KINDS[::2])
 def test_cuda_layer_norm_of_constant_slices_is_bias(device, rng, dtype, size):
