@@ -43,9 +43,12 @@ constexpr BlockRow kForwardBlocks[] = {
 // stores.
 constexpr int kPreferredPieces = 3;
 
-// Backward. A lane keeps dweight and dbias of its columns as compensated sums, 4 registers a column (8 in float64), and
-// words of x and dy, 8 registers a word, twice with the next row on its way: 16 columns of 4 bytes are
-// 16 * 4 + 4 * 8 * 2 = 128 registers, of 2 bytes 96; 8 of float64 are 128.
+// Backward. A lane keeps dweight and dbias of its columns as compensated sums, 4 registers a column (8 in float64), of
+// blocks 6 (12), and 4 words each of x and dy, 8 registers a word; twice, with the next rows on their way, where
+// columns leave room for 8 warps an SM alone: 16 columns of a block are 16 * 6 + 4 * 8 * 2 = 160 registers, 8 of
+// float64 too.
+//
+//   words    lanes x words a lane x rows at a time (16-bit types: 2 words at most)
 constexpr GroupRow kBackwardGroups[] = {
     {8, {8, 1, 4}}, {16, {16, 1, 4}}, {32, {16, 2, 2}}, {64, {32, 2, 2}}, {128, {32, 4, 1}},
 };

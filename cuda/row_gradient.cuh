@@ -344,8 +344,9 @@ __device__ __forceinline__ GradientSums read_slabs(const cuda::RowBackward& a, s
   return own_row(of_row, static_cast<int>(threadIdx.x));
 }
 
-// A chunk and a slab to a block, R rows at a time, the next ones on their way in registers; with several slabs and no
-// slab_sums the blocks of a cluster are the slabs of a row. One barrier of the block and one of the cluster for R rows.
+// A chunk and a slab to a block, R rows at a time, the next ones on their way in registers (where these are not needed
+// for addresses); with several slabs and no slab_sums the blocks of a cluster are the slabs of a row. One barrier of
+// the block and one of the cluster for R rows.
 template <class T, int V, int R, bool kWhole>
 __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(cuda::RowBackward a) {
   using C = Compute<T>;
@@ -374,10 +375,14 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(
       }
     };
     Words dy[R][V], x[R][V];
-    load(first, dy, x);
+    if (kWhole) load(first, dy, x);
     for (std::int64_t row = first; row < end; row += R) {
       Words next_dy[R][V], next_x[R][V];
-      load(row + R, next_dy, next_x);
+      if (kWhole) {
+        load(row + R, next_dy, next_x);
+      } else {
+        load(row, dy, x);
+      }
       C mean = C(0), rstd = C(0);
       if (row + lane % R < end) {
         mean = static_cast<const C*>(a.mean)[row + lane % R];
@@ -400,7 +405,7 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_backward_block(
         store_run<T, 32, V, kWhole>(a.dx + (row + r) * a.dx_stride + run.offset(), row + r < end ? run.bytes() : 0,
                                     device::kAllLanes, lane, dy[r]);
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
+        for (int v = 0; v < V && kWhole; ++v) {
           dy[r][v] = next_dy[r][v];
           x[r][v] = next_x[r][v];
         }
