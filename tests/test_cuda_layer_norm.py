@@ -197,6 +197,17 @@ def test_cuda_layer_norm_gradients_of_many_rows_a_chunk(device, rng, dtype, coun
     check(device, x, dy, normal(rng, (count,), dtype))
 
 
+def test_cuda_layer_norm_gradients_of_slabs_two_rows_at_a_time(emulated, rng):
+    """Rows of two slabs, chunks of three: two rows, then one. In a cluster, by a kernel of their own, one by one."""
+    x, dy = (normal(rng, (300, 4104), np.float16) for _ in range(2))
+    weight = normal(rng, (4104,), np.float16)
+    check(emulated, x, dy, weight)
+    expected = all_bytes(emulated, x, dy, weight)
+    assert all_bytes(emulated, at_byte(x, 2), at_byte(dy, 6), weight) == expected
+    emulated.library.set_device(max_cluster=1)
+    assert all_bytes(emulated, x, dy, weight) == expected
+
+
 @by_dtype
 @pytest.mark.parametrize("size", KINDS[::2])
 def test_cuda_layer_norm_of_constant_slices_is_bias(device, rng, dtype, size):
