@@ -208,7 +208,6 @@ RowBackwardChoice choose_row_backward(const Plan& plan, const DeviceLimits& devi
   if (group != std::end(kBackwardGroups) && group->shape.words <= lane_words) {
     choice.group = true;
     choice.shape = group->shape;
-    if (!whole) choice.shape.rows = 1;
     choice.threads = kGroupThreads;
     choice.slab_words = group->shape.lanes * group->shape.words;
     per_multiprocessor = backward_group_blocks(size(dtype), choice.shape.words);

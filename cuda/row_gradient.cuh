@@ -5,9 +5,9 @@
 // own, then dx (5s).
 //
 // THE ORDER OF OPERATIONS: the sums of a row as moments are summed (words, lanes, runs of a warp), across lanes in
-// double, slabs of a row as a tree. dweight and dbias of a column over the rows of a chunk in index order, compensated:
-// row by row where groups of lanes hold several rows, groups then in order, in double; where a block holds a row, eight
-// rows are summed plainly first. Chunks by fold_partials in double.
+// double, slabs of a row as a tree. dweight and dbias of a column over the rows of a chunk in index order: 8 rows
+// plainly (of a group of lanes 1, 2 or 4, by the length of a row), those sums compensated; where a block holds several
+// rows, its groups then in order, in double. Chunks by fold_partials in double.
 //
 // Longer than 300 lines because groups, slabs and the fold of partials read as one method.
 #pragma once
@@ -46,7 +46,8 @@ struct ColumnSums {
   }
 };
 
-// Those of the last rows: 2 operations a term, not 9. Up to kRecentRows plain additions cost 4 u of sum |terms|.
+// Those of the last rows: 2 operations a term, not 9. Blocks sum kRecentRows rows so, which costs 4 u of sum |terms|,
+// groups of lanes the kTogether rows of theirs that lie in registers together where rows are whole words.
 inline constexpr int kRecentRows = 8;
 template <class C, int N>
 struct RecentSums {
@@ -64,18 +65,6 @@ struct RecentSums {
     reset();
   }
 };
-
-// A row's term of column i.
-template <class C, int N>
-__device__ __forceinline__ void add_term(ColumnSums<C, N>* sums, int i, C dy, C xhat) {
-  sums->dweight[i].add(dy * xhat);
-  sums->dbias[i].add(dy);
-}
-template <class C, int N>
-__device__ __forceinline__ void add_term(RecentSums<C, N>* sums, int i, C dy, C xhat) {
-  sums->dweight[i] = fma(dy, xhat, sums->dweight[i]);
-  sums->dbias[i] += dy;
-}
 
 // ---- a run -------------------------------------------------------------------------------------------------------
 
@@ -142,10 +131,10 @@ __device__ __forceinline__ GradientSums run_sums(bool as_compute, const Words (&
 }
 
 // dx of a run of R rows into `dy`, and the sums of its columns. own: of row lane % R
-template <class T, int L, int V, int R, bool kWhole, class S>
+template <class T, int L, int V, int R, bool kWhole>
 __device__ __forceinline__ void gradient_runs(const cuda::RowBackward& a, const GradientConstants<Compute<T>>& own,
                                               const char* weight, int count, int lane, const Words (&x)[R][V],
-                                              Words (&dy)[R][V], S* sums) {
+                                              Words (&dy)[R][V], RecentSums<Compute<T>, V * kPerWord<T>>* sums) {
   using C = Compute<T>;
   constexpr int E = kPerWord<T>;
   GradientConstants<C> of[R];
@@ -170,7 +159,10 @@ __device__ __forceinline__ void gradient_runs(const cuda::RowBackward& a, const 
       for (int e = 0; e < E; ++e) xhat[e] = normalize(xhat[e], k.mean, k.rstd, k.shift);
       if (a.partial != nullptr) {
 #pragma unroll
-        for (int e = 0; e < E; ++e) add_term(sums, v * E + e, g[e], xhat[e]);
+        for (int e = 0; e < E; ++e) {
+          sums->dweight[v * E + e] = fma(g[e], xhat[e], sums->dweight[v * E + e]);
+          sums->dbias[v * E + e] += g[e];
+        }
       }
 #pragma unroll
       for (int e = 0; e < E; ++e) {
@@ -200,7 +192,7 @@ template <class T, int V>
 inline constexpr bool kRowsAhead = cuda::backward_group_blocks(sizeof(T), V) == 2;
 
 // A chunk to a block: its groups take the rows in turn, R of them at a time.
-template <class T, int L, int V, int R, bool kWhole>
+template <class T, int L, int V, int R, int kTogether, bool kWhole>
 __global__ void __launch_bounds__(128, cuda::backward_group_blocks(sizeof(T), V))
     row_backward_group(cuda::RowBackward a) {
   using C = Compute<T>;
@@ -213,7 +205,10 @@ __global__ void __launch_bounds__(128, cuda::backward_group_blocks(sizeof(T), V)
   for (std::int64_t chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x) {
     const std::int64_t end = (chunk + 1) * a.chunk_rows < a.rows ? (chunk + 1) * a.chunk_rows : a.rows;
     ColumnSums<C, V * E> sums;
+    RecentSums<C, V * E> recent;
     sums.reset();
+    recent.reset();
+    int turn = 0;
     const auto load = [&](std::int64_t row, Words(&dy)[R][V], Words(&x)[R][V]) {
 #pragma unroll
       for (int r = 0; r < R; ++r, row += kGroups) {
@@ -240,7 +235,8 @@ __global__ void __launch_bounds__(128, cuda::backward_group_blocks(sizeof(T), V)
       }
       const GradientSums row_sums =
           run_sums<T, L, V, R, kWhole>(a.parameters_as_compute, dy, x, weight, count, mean, rstd, lane);
-      gradient_runs<T, L, V, R, kWhole>(a, row_constants(a, row_sums, mean, rstd), weight, count, lane, x, dy, &sums);
+      gradient_runs<T, L, V, R, kWhole>(a, row_constants(a, row_sums, mean, rstd), weight, count, lane, x, dy, &recent);
+      if (R == kTogether || ++turn % kTogether == 0) recent.move_to(&sums);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const std::int64_t at = row + r * kGroups;
@@ -252,6 +248,7 @@ __global__ void __launch_bounds__(128, cuda::backward_group_blocks(sizeof(T), V)
         }
       }
     }
+    if (R != kTogether) recent.move_to(&sums);
     if (a.partial == nullptr) continue;
     // Columns of a lane -> places in the order of columns, group by group.
     C* places = device::shared<C>(0);

@@ -2,8 +2,6 @@
 // storage type, so that they compile side by side.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/kernels.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/row_gradient.cuh"
@@ -99,21 +97,14 @@ void row_backward(RowBackward args, const RowBackwardChoice& choice, const Conte
   args.slabs = choice.slabs;
   args.slab_words = choice.slab_words;
   if (choice.group) {
-    const auto group = [&](auto whole) {
-      return [&](auto s) {
-        launch(row_backward_group<T, s.kLanes, s.kWords, s.kRows, decltype(whole)::value>,
-               {choice.blocks, choice.threads, 1, kGroupSumsBytes<T, s.kLanes, s.kWords>}, context.stream, args);
-      };
+    // Rows that are not whole words one by one, and their sums as if they came together.
+    const auto group = [&](auto s) {
+      const auto kernel = choice.whole ? row_backward_group<T, s.kLanes, s.kWords, s.kRows, s.kRows, true>
+                                       : row_backward_group<T, s.kLanes, s.kWords, 1, s.kRows, false>;
+      launch(kernel, {choice.blocks, choice.threads, 1, kGroupSumsBytes<T, s.kLanes, s.kWords>}, context.stream, args);
     };
-    if (choice.whole) {
-      const auto launch_whole = group(std::true_type{});
-      with_shape<Shape<8, 1, 4>, Shape<16, 1, 4>, Shape<16, 2, 2>, Shape<32, 2, 2>>(choice.shape, launch_whole);
-      if constexpr (sizeof(T) > 2) with_shape<Shape<32, 4>>(choice.shape, launch_whole);
-    } else {
-      const auto launch_any = group(std::false_type{});
-      with_shape<Shape<8, 1>, Shape<16, 1>, Shape<16, 2>, Shape<32, 2>>(choice.shape, launch_any);
-      if constexpr (sizeof(T) > 2) with_shape<Shape<32, 4>>(choice.shape, launch_any);
-    }
+    with_shape<Shape<8, 1, 4>, Shape<16, 1, 4>, Shape<16, 2, 2>, Shape<32, 2, 2>>(choice.shape, group);
+    if constexpr (sizeof(T) > 2) with_shape<Shape<32, 4>>(choice.shape, group);
     return;
   }
   constexpr int V = sizeof(T) == 2 ? 2 : 4, R = sizeof(T) == 2 ? 2 : 1;  // 16 columns of 4 bytes, or 8 of 8

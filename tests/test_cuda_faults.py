@@ -50,7 +50,9 @@ COLUMNS = (case("forward", 520, 70, axis=0), case("forward", 520, 67, axis=0, sh
 COLUMNS_STREAMED = (case("forward", 520, 150, axis=0, shared=FEW_STRETCHES, cluster=1),)
 BACKWARD_GROUP = (case("backward", 108, 99),)
 WHOLE_BACKWARD_GROUP = (case("backward", 107, 24), case("backward", 107, 96))
+BACKWARD_GROUP_SUMS = (case("backward", 4200, 33),)  # chunks of 17 rows, 2 or 3 to a group
 BACKWARD_BLOCK = (case("dx", 24, 517),)
+WHOLE_BACKWARD_BLOCK = (case("dx", 24, 516),)
 BACKWARD_BLOCK_SUMS = (case("backward", 2100, 517),)  # chunks of 9 rows, of which 8 are summed first
 BACKWARD_CLUSTER = (case("dx", 12, 4103),)
 BACKWARD_SLABS = (case("dx", 5, 4103, cluster=1),)
@@ -307,10 +309,16 @@ FAULTS = {
             "`parity ^= 1;` const GradientSums mine", "", THREAD, RACE, BACKWARD_BLOCK
         ),
         "row of a slab after the last one read": Fault(
-            "bytes = `row < end ? run.bytes() : 0`;", "run.bytes()", ADDRESS, OVERRUN, BACKWARD_BLOCK
+            "bytes = `row < end ? run.bytes() : 0`;", "run.bytes()", ADDRESS, OVERRUN, WHOLE_BACKWARD_BLOCK
         ),
         "last rows not summed": Fault(
-            "`recent.move_to(&sums);` if (a.partial == nullptr)", "", ADDRESS, WRONG, BACKWARD_BLOCK_SUMS
+            "`recent.move_to(&sums);` if (a.partial == nullptr) continue; C*", "", ADDRESS, WRONG, BACKWARD_BLOCK_SUMS
+        ),
+        "last rows of a group not summed": Fault(
+            "if (R != kTogether) `recent.move_to(&sums);`", "", ADDRESS, WRONG, BACKWARD_GROUP
+        ),
+        "rows of a group summed together as if they were whole": Fault(
+            "++turn % `kTogether` == 0", "R", ADDRESS, "", BACKWARD_GROUP_SUMS
         ),
         "rows summed twice": Fault("} `reset();` }", "", ADDRESS, WRONG, BACKWARD_BLOCK_SUMS),
         "no cluster barrier before the slabs are folded": Fault(

@@ -81,7 +81,7 @@ void backward_takes_whole_rows_several_at_a_time_too() {
     const RowBackwardChoice other = row_backward_of(1 << 20, length, kH200, DType::float32, false);
     CHECK(whole.group && whole.whole && other.group && !other.whole);
     CHECK_EQ(whole.shape.words * whole.shape.rows, 4);  // of x, and 4 of dy
-    CHECK_EQ(other.shape.rows, 1);
+    CHECK_EQ(other.shape.rows, whole.shape.rows);       // whose terms are summed together
     CHECK_EQ(other.shape.lanes, whole.shape.lanes);
     CHECK_EQ(other.shape.words, whole.shape.words);
     CHECK_EQ(other.chunk_rows, whole.chunk_rows);
