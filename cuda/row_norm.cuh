@@ -9,9 +9,9 @@
 //
 // What it costs beside that: an H200 moves about 4.5 bytes while one of its schedulers issues an instruction of a warp.
 // Counted in the code for sm_90, rows of whole words: forward 1000 (float32) to 1600 (bfloat16, 256 bytes a row)
-// instructions for 4 KB of x and 4 KB of y, 5.1 to 9.7 bytes each; backward of bfloat16 1250 for 4 KB of x and dy and 2
-// of dx. So what every lane does alike for a row (adding up over lanes, a statistic in double) is done for several rows
-// at a time, and 16-bit types have no instruction to spare.
+// instructions for 4 KB of x and 4 KB of y, 5.1 to 9.7 bytes each; backward of bfloat16 1100 to 1200 for 4 KB of x and
+// dy and 2 of dx. So what every lane does alike for a row (adding up over lanes, a statistic in double) is done for
+// several rows at a time, and 16-bit types have no instruction to spare.
 //
 // THE ORDER OF OPERATIONS, by index within the row and so the same at any address and on any device:
 //   word    16 bytes of the row (load.cuh), summed as a binary tree
