@@ -28,7 +28,8 @@ constexpr GroupRow kForwardGroups[] = {
     {128, {32, 4, 2}},  //    2 KB    8
     {256, {32, 8, 1}},  //    4 KB    4
 };
-// A row to a block of so many warps, or two: 4 or 2 blocks an SM, 64 KB in flight.
+// A row to a block of so many warps, or two whole ones: 64 KB in flight an SM in 4 or 2 blocks, 32 where
+// forward_blocks says 1.
 struct BlockRow {
   std::int64_t words;
   int warps;
@@ -43,10 +44,10 @@ constexpr BlockRow kForwardBlocks[] = {
 // stores.
 constexpr int kPreferredPieces = 3;
 
-// Backward. A lane keeps dweight and dbias of its columns as compensated sums, 4 registers a column (8 in float64), of
-// blocks 6 (12), and 4 words each of x and dy, 8 registers a word; twice, with the next rows on their way, where
-// columns leave room for 8 warps an SM alone: 16 columns of a block are 16 * 6 + 4 * 8 * 2 = 160 registers, 8 of
-// float64 too.
+// Backward. A lane keeps dweight and dbias of its columns, compensated sums and those of the last rows, 6 registers a
+// column (12 in float64), and 4 words each of x and dy, 8 registers a word; twice, with the next rows on their way,
+// where columns leave room for 8 warps an SM alone: 16 columns are 16 * 6 + 4 * 8 * 2 = 160 registers, 8 of float64
+// too.
 //
 //   words    lanes x words a lane x rows at a time (16-bit types: 2 words at most)
 constexpr GroupRow kBackwardGroups[] = {

@@ -43,8 +43,8 @@ constexpr int forward_group_blocks(std::int64_t element_bytes, int words, bool w
 constexpr int forward_blocks(std::int64_t element_bytes, int words, bool whole) {
   return words == 8 && (!whole || element_bytes == 8) ? 1 : 2;
 }
-// Backward, of the group kernels, by the bytes of a lane's columns in the compute type, of which dweight and dbias take
-// 4 registers each 4: 128, 168 or 255 registers. 32 hold 8 words of x and dy.
+// Backward, of the group kernels, by the bytes of a lane's columns in the compute type: 128, 168 or 255 registers, of
+// which dweight and dbias take 6 for each 4 bytes, and 8 words of x and dy 32.
 constexpr int backward_group_blocks(std::int64_t element_bytes, int words) {
   const std::int64_t lane_bytes = words * 16 * (element_bytes == 2 ? 2 : 1);
   return lane_bytes <= 16 ? (element_bytes == 8 ? 3 : 4) : lane_bytes <= 32 ? 3 : 2;
@@ -79,8 +79,8 @@ struct RowForwardChoice {
 
 struct RowBackwardChoice {
   // By shape and dtype.
-  bool group;  // a row to a group of lanes, else a slab of a row to a block
-  GroupShape shape;
+  bool group;        // a row to a group of lanes, else a slab of a row to a block
+  GroupShape shape;  // of a group: its rows are taken one by one where `whole` is not, and summed together all the same
   int threads;
   int slab_words;           // words of a row that belong to a slab
   std::int64_t slabs;       // of a row

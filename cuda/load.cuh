@@ -9,7 +9,7 @@
 // aligned one to be stored is put together from a lane's word and its neighbour's. Bytes outside the run are neither
 // read nor written: the words at its ends go element by element.
 //
-// All that is nine tenths of a kernel's instructions, so kernels that it matters to exist twice: kWhole is said of runs
+// All that is most of a kernel's instructions, so kernels that it matters to exist twice: kWhole is said of runs
 // that are aligned and whole words, and leaves it out. The bits are the same.
 #pragma once
 
@@ -222,7 +222,6 @@ __device__ __forceinline__ void store_run(char* run, int bytes, unsigned mask, i
     }
     return;
   }
-  if constexpr (kWhole) return;
   device::sync_warp(mask);  // in place, a neighbour may still have to read the aligned word this lane is to write
   Words carried{};          // by lane 0: the last lane's word of the step before
 #pragma unroll

@@ -46,6 +46,7 @@ void rows_forward(const Args& args, const Parameters& parameters, void* mean, vo
   const Plan& plan = args.plan;
   const std::int64_t bytes = size(args.dtype), statistic_bytes = size(statistics_dtype(args.dtype));
   Tensor x(plan, plan.x, args.x, bytes), y(plan, plan.y, args.y, bytes);
+  const DeviceLimits device = device_limits(context.device);
   for_batches({&x, &y}, Cut{}, context, [&](const Batch& b) {
     x.read(b, context);
     RowForward a{};
@@ -63,7 +64,7 @@ void rows_forward(const Args& args, const Parameters& parameters, void* mean, vo
     a.eps = args.eps;
     a.inverse_length = 1.0 / static_cast<double>(plan.reduced);
     const bool whole = whole_words({a.x, a.y}, {a.x_stride, a.y_stride, plan.reduced * bytes});
-    const RowForwardChoice choice = choose_row_forward(plan, device_limits(context.device), args.dtype, whole);
+    const RowForwardChoice choice = choose_row_forward(plan, device, args.dtype, whole);
     visit(args.dtype, [&](auto tag) { row_forward<typename decltype(tag)::Type>(a, choice, context); });
     y.write(b, context);
   });

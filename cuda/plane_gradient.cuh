@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kPlaneThreads, 1) plane_sums_streamed(cuda::Pl
     load_segment(a, c, s, x, dy);
     parity ^= 1;
     const GradientSums sums =
-        fold_warps<cuda::kPieceWarps>(segment_sums<T>(a.channels, c, s.count(), dy, x), shared.warps[parity]);
+        fold_warps<cuda::kPieceWarps, 1>(segment_sums<T>(a.channels, c, s.count(), dy, x), &shared.warps[parity]);
     if (threadIdx.x == 0) static_cast<GradientSums*>(a.piece_sums)[unit] = sums;
   });
 }

@@ -147,28 +147,23 @@ __device__ __forceinline__ auto fold_places(std::int64_t count, F&& at) {
   return fold_places(count, 32, at);
 }
 
-// Over the warps of a block, at most kWarps, each with one value for all its lanes. scratch: kWarps places of shared
-// memory that nobody reads any more. Puts one barrier: every thread arrives here; before scratch is written again there
-// has to be another.
-template <int kWarps, class M>
-__device__ __forceinline__ M fold_warps(const M& mine, M* scratch) {
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (lane == 0) scratch[threadIdx.x / 32] = mine;
-  device::sync_block();
-  const int place = lane % kWarps;
-  return fold_lanes(device::kAllLanes, place < warps ? scratch[place] : M{}, kWarps);
-}
-
-// Of R rows at a time, lane l with that of row l % R before and after; the bits are the same. At most 32 places.
+// Between the warps of a block, at most kWarps, each with a value for each of R rows, lane l that of row l % R: of that
+// row, what warp l / R % kWarps has, M{} where there is none. scratch: R kWarps <= 32 places of shared memory that
+// nobody reads any more. Puts one barrier: every thread arrives here; before scratch is written again there has to be
+// another.
 template <int kWarps, int R, class M>
-__device__ __forceinline__ M fold_warps_of_rows(const M& mine, M (*scratch)[kWarps]) {
+__device__ __forceinline__ M exchange_warps(const M& mine, M (*scratch)[kWarps]) {
   static_assert(R * kWarps <= 32);
   const int lane = static_cast<int>(threadIdx.x) % 32, place = lane / R % kWarps;
   if (lane < R) scratch[lane][threadIdx.x / 32] = mine;
   device::sync_block();
-  const bool some = place < static_cast<int>(blockDim.x) / 32;
-  return fold_lanes(device::kAllLanes, some ? scratch[lane % R][place] : M{}, R * kWarps, R);
+  return place < static_cast<int>(blockDim.x) / 32 ? scratch[lane % R][place] : M{};
+}
+
+// Over these warps, all lanes of a row with the same bits, whatever R.
+template <int kWarps, int R, class M>
+__device__ __forceinline__ M fold_warps(const M& mine, M (*scratch)[kWarps]) {
+  return fold_lanes(device::kAllLanes, exchange_warps<kWarps, R>(mine, scratch), R * kWarps, R);
 }
 
 }  // namespace LANENORM_ISA

@@ -46,7 +46,7 @@ struct ColumnSums {
   }
 };
 
-// Those of the last rows: 2 operations a term, not 9. Blocks sum kRecentRows rows so, which costs 4 u of sum |terms|,
+// Those of the last rows: 2 operations a term, not 9. Blocks sum kRecentRows rows so, up to 4 u of sum |terms|,
 // groups of lanes the kTogether rows of theirs that lie in registers together where rows are whole words.
 inline constexpr int kRecentRows = 8;
 template <class C, int N>
@@ -172,6 +172,7 @@ __device__ __forceinline__ void gradient_runs(const cuda::RowBackward& a, const 
     }
   }
 }
+
 // Constants of dx of a row from its sums.
 template <class C>
 __device__ __forceinline__ GradientConstants<C> row_constants(const cuda::RowBackward& a, const GradientSums& sums,
@@ -303,11 +304,11 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_sums_slab(cuda:
     load_run<T, 32, V>(a.x + row * a.x_stride + slab.run.offset(), slab.run.bytes(), lane, x[0]);
     const C mean = static_cast<const C*>(a.mean)[row], rstd = static_cast<const C*>(a.rstd)[row];
     parity ^= 1;
-    const GradientSums sums = fold_warps<cuda::kPieceWarps>(
+    const GradientSums sums = fold_warps<cuda::kPieceWarps, 1>(
         run_sums<T, 32, V, 1, false>(a.parameters_as_compute, dy, x,
                                      parameters_from<T>(a.weight, a.parameters_as_compute, slab.run.first),
                                      slab.run.count, mean, rstd, lane),
-        shared.warps[parity][0]);
+        shared.warps[parity]);
     if (threadIdx.x == 0) static_cast<GradientSums*>(a.slab_sums)[unit] = sums;
   }
 }
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, 1) row_sums_slab(cuda:
 template <int R>
 __device__ __forceinline__ GradientSums fold_slabs(const cuda::RowBackward& a, const GradientSums& mine, int parity,
                                                    SlabSums<R>& shared) {
-  const GradientSums of_slab = fold_warps_of_rows<cuda::kPieceWarps, R>(mine, shared.warps[parity]);
+  const GradientSums of_slab = fold_warps<cuda::kPieceWarps, R>(mine, shared.warps[parity]);
   if (a.slabs == 1) return of_slab;
   if (threadIdx.x < R) shared.slab[parity][threadIdx.x] = of_slab;
   device::sync_cluster();

@@ -10,14 +10,14 @@
 
 namespace lanenorm::cuda {
 
-// f(kernel) for the shape, from a list of (lanes, words, rows).
+// f(Shape) for the lanes and words of a shape, from a list that says how many whole rows are taken at a time.
 template <int L, int V, int R = 1>
 struct Shape {
   static constexpr int kLanes = L, kWords = V, kRows = R;
 };
 template <class First, class... Rest, class F>
 void with_shape(GroupShape shape, F&& f) {
-  if (shape.lanes == First::kLanes && shape.words == First::kWords && shape.rows == First::kRows) {
+  if (shape.lanes == First::kLanes && shape.words == First::kWords) {
     f(First{});
   } else if constexpr (sizeof...(Rest) > 0) {
     with_shape<Rest...>(shape, f);
@@ -48,32 +48,20 @@ void row_forward(RowForward args, const RowForwardChoice& choice, const Context&
   args.pieces_per_block = choice.pieces_per_block;
   switch (choice.kind) {
     case RowKind::group:
-      if (choice.whole) {
-        with_shape<Shape<8, 1, 8>, Shape<16, 1, 8>, Shape<16, 2, 4>, Shape<32, 2, 4>, Shape<32, 4, 2>, Shape<32, 8>>(
-            choice.shape, [&](auto s) {
-              launch(row_forward_group<T, s.kLanes, s.kWords, s.kRows, true>, {choice.blocks, choice.threads},
-                     context.stream, args);
-            });
-      } else {
-        with_shape<Shape<8, 1>, Shape<16, 1>, Shape<16, 2>, Shape<32, 2>, Shape<32, 4>, Shape<32, 8>>(
-            choice.shape, [&](auto s) {
-              launch(row_forward_group<T, s.kLanes, s.kWords, 1, false>, {choice.blocks, choice.threads},
-                     context.stream, args);
-            });
-      }
+      with_shape<Shape<8, 1, 8>, Shape<16, 1, 8>, Shape<16, 2, 4>, Shape<32, 2, 4>, Shape<32, 4, 2>, Shape<32, 8>>(
+          choice.shape, [&](auto s) {
+            const auto kernel = choice.whole ? row_forward_group<T, s.kLanes, s.kWords, s.kRows, true>
+                                             : row_forward_group<T, s.kLanes, s.kWords, 1, false>;
+            launch(kernel, {choice.blocks, choice.threads}, context.stream, args);
+          });
       return;
     case RowKind::block:
-      if (choice.whole) {
-        with_shape<Shape<32, 4, 2>, Shape<32, 8>>(choice.shape, [&](auto s) {
-          launch(row_forward_block<T, s.kWords, s.kRows, true>,
-                 {choice.blocks, choice.threads, 1, sizeof(WarpMoments<s.kRows>)}, context.stream, args);
-        });
-      } else {
-        with_shape<Shape<32, 4>, Shape<32, 8>>(choice.shape, [&](auto s) {
-          launch(row_forward_block<T, s.kWords, 1, false>, {choice.blocks, choice.threads, 1, sizeof(WarpMoments<1>)},
-                 context.stream, args);
-        });
-      }
+      with_shape<Shape<32, 4, 2>, Shape<32, 8>>(choice.shape, [&](auto s) {
+        const auto kernel =
+            choice.whole ? row_forward_block<T, s.kWords, s.kRows, true> : row_forward_block<T, s.kWords, 1, false>;
+        const std::size_t shared = choice.whole ? sizeof(WarpMoments<s.kRows>) : sizeof(WarpMoments<1>);
+        launch(kernel, {choice.blocks, choice.threads, 1, shared}, context.stream, args);
+      });
       return;
     case RowKind::resident: {
       const Config config{choice.blocks, choice.threads, choice.cluster, resident_bytes(choice.pieces_per_block)};

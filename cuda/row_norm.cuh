@@ -8,10 +8,11 @@
 // or in the shared memory of a block or a cluster. Rows beyond that are read twice (3s).
 //
 // What it costs beside that: by its data sheet (4.8 TB/s, 528 schedulers) an H200 moves 5 bytes while a scheduler
-// issues an instruction. Counted in the code for sm_90, not measured, rows of whole words: forward 1000 (float32) to
-// 1600 (bfloat16, 256 bytes a row) instructions for 4 KB of x and 4 KB of y, 5.1 to 9.7 bytes each; backward of
-// bfloat16 1100 to 1200 for 4 KB of x and dy and 2 of dx. So what every lane does alike for a row (adding up over
-// lanes, a statistic in double) is done for several rows at a time, and 16-bit types have no instruction to spare.
+// issues an instruction. Followed by hand through `cuobjdump -sass` for sm_90, not measured, a warp issues for 4 KB of
+// x and 4 KB of y 800 (float32, rows of 4 KB) to 1600 (bfloat16, 256 bytes) instructions in a forward, and in a
+// backward of bfloat16 1100 to 1200 for 4 KB of x and dy and 2 KB of dx. So what every lane does alike for a row
+// (adding up over lanes, a statistic in double) is done for several rows at a time, and 16-bit types have no
+// instruction to spare.
 //
 // THE ORDER OF OPERATIONS, by index within the row and so the same at any address and on any device:
 //   word    16 bytes of the row (load.cuh), summed as a binary tree
@@ -65,12 +66,12 @@ __device__ __forceinline__ void deviations(const Words& word, int left, A origin
 inline constexpr int kPivotWords = 4;
 
 // Moments of R rows of n.value = count > 0 elements, a run of each in every group of L lanes, in arithmetic A: lane l
-// gets those of row l % R. scale: the lane's. The whole warp arrives here.
+// gets those of row l % R. kScaled: of scale times one row. The whole warp arrives here.
 template <class T, class A, bool kScaled, int L, int V, int R, bool kWhole>
 __device__ __forceinline__ Counted moments_in(const Words (&data)[R][V], int count, const Divisor& n, double scale,
                                               int lane) {
   constexpr int E = kPerWord<T>;
-  double scales[R];
+  static_assert(!kScaled || R == 1);
   A x0[R];
   Sums<A> about_x0[R];
   const int left = count - lane * E;
@@ -81,16 +82,15 @@ __device__ __forceinline__ Counted moments_in(const Words (&data)[R][V], int cou
   }
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    scales[r] = kScaled ? of_row<L, R>(scale, r) : 1.0;
     A first[E];
-    deviations<T, A, kScaled>(data[r][0], E, A(0), scales[r], first);
+    deviations<T, A, kScaled>(data[r][0], E, A(0), scale, first);
     x0[r] = device::shuffle(device::kAllLanes, first[0], 0, L);
     about_x0[r] = {A(0), A(0)};
 #pragma unroll
     for (int v = 0; v < V && v * L * E < count; v += kPivotWords) {
       const int left_of_word = left - v * L * E;
       A d[E], absolute[E];
-      deviations<T, A, kScaled>(data[r][v], kWhole ? E : left_of_word, x0[r], scales[r], d);
+      deviations<T, A, kScaled>(data[r][v], kWhole ? E : left_of_word, x0[r], scale, d);
 #pragma unroll
       for (int e = 0; e < E; ++e) absolute[e] = magnitude(d[e]);
       const Sums<A> word{tree<E>(d), tree<E>(absolute)};
@@ -111,7 +111,7 @@ __device__ __forceinline__ Counted moments_in(const Words (&data)[R][V], int cou
     for (int v = 0; v < V && v * L * E < count; ++v) {
       const int left_of_word = left - v * L * E;
       A d[E];
-      deviations<T, A, kScaled>(data[r][v], kWhole ? E : left_of_word, pivot, scales[r], d);
+      deviations<T, A, kScaled>(data[r][v], kWhole ? E : left_of_word, pivot, scale, d);
       const Sums<A> word{tree<E>(d), tree_of_products<E>(d, d)};
       sum = merge(sum, select(kWhole && left_of_word <= 0, Sums<A>{A(0), A(0)}, word));
     }
@@ -302,8 +302,8 @@ struct Share {
   __device__ __forceinline__ int bytes() const { return count * static_cast<int>(sizeof(T)); }
 };
 
-// The moments of R rows of n elements that every warp of a block has a run of, lane l of row l % R. scratch: as of
-// fold_warps, R times. One barrier.
+// The moments of R rows of n elements that every warp of a block has a run of, lane l of row l % R. scratch, barrier:
+// as of exchange_warps.
 //
 // Of 16 and 32 bits not pair by pair as Counted merges, which divides three times a pair, but all at once:
 //
@@ -312,14 +312,10 @@ template <class C, int R>
 __device__ __forceinline__ Counted fold_row_warps(const Counted& mine, const Divisor& n,
                                                   Counted (*scratch)[cuda::kPieceWarps]) {
   constexpr int kWidth = R * cuda::kPieceWarps;
-  static_assert(kWidth <= 32);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (lane < R) scratch[lane][threadIdx.x / 32] = mine;
-  device::sync_block();
-  const int place = lane / R % cuda::kPieceWarps;
-  const Counted m = place < static_cast<int>(blockDim.x) / 32 ? scratch[lane % R][place] : Counted{};
+  const Counted m = exchange_warps<cuda::kPieceWarps, R>(mine, scratch);
   if constexpr (sizeof(C) == 8) return fold_lanes(device::kAllLanes, m, kWidth, R);
-  const double origin = device::shuffle(device::kAllLanes, m.moments.pivot, lane % R, kWidth);
+  const int first_warp = static_cast<int>(threadIdx.x % R);  // the lane that has the same row of warp 0
+  const double origin = device::shuffle(device::kAllLanes, m.moments.pivot, first_warp, kWidth);
   const bool some = m.count > 0.0;
   const double shift = some ? m.moments.pivot - origin : 0.0, mean = some ? m.moments.sum / m.count : 0.0;
   const double sum = fold_lanes(device::kAllLanes, fma(m.count, shift, m.moments.sum), kWidth, R);
@@ -341,6 +337,7 @@ __global__ void __launch_bounds__(32 * cuda::kPieceWarps, cuda::forward_blocks(s
   using C = Compute<T>;
   WarpMoments<R>& shared = device::shared<WarpMoments<R>>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  // A Share in 32 bits: of 64 the registers do not suffice on sm_80.
   const int first = warp * a.warp_words * kPerWord<T>, left = static_cast<int>(a.length) - first;
   const int most = a.warp_words * kPerWord<T>, count = left < 0 ? 0 : left < most ? left : most;
   const int offset = first * static_cast<int>(sizeof(T)), bytes = count * static_cast<int>(sizeof(T));

@@ -127,8 +127,8 @@ __device__ __forceinline__ void store_moments(Words (&data)[1][V], int count, co
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto compute = [&](auto scaled, double scale, int set) {
     *parity ^= 1;
-    const Counted m = fold_warps<cuda::kPieceWarps>(
-        run_moments<T, decltype(scaled)::value>(data, count, scale, range, lane), shared.warps[*parity][0]);
+    const Counted m = fold_warps<cuda::kPieceWarps, 1>(
+        run_moments<T, decltype(scaled)::value>(data, count, scale, range, lane), shared.warps[*parity]);
     if (threadIdx.x == 0) to[set * stride] = m;
   };
   compute(Unscaled{}, 1.0, 0);

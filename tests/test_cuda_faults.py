@@ -105,6 +105,7 @@ OVERRUN = "heap-buffer-overflow"
 WRONG = "wrong: "
 BARRIER = "`device::sync_block();`"
 CLUSTER_BARRIER = "`device::sync_cluster();`"
+WARP_IS_THERE = "`place < static_cast<int>(blockDim.x) / 32` ?"
 
 FAULTS = {
     "load.cuh": {
@@ -171,13 +172,14 @@ FAULTS = {
         "another row's number from its lane": Fault(
             "shuffle(device::kAllLanes, own, `r`, L);", "r ^ 1", ADDRESS, WRONG, WHOLE_GROUP
         ),
-        "no barrier between the warps of a block": Fault(f"{BARRIER} const int place", "", THREAD, RACE, STREAMED),
-        "scratch of warps that are not there": Fault(
-            "`place < warps ? scratch[place] : M{}`", "scratch[place]", ADDRESS, WRONG, FEW_WARPS
-        ),
-        "no barrier between the warps of rows": Fault(f"{BARRIER} const bool some", "", THREAD, RACE, BACKWARD_BLOCK),
-        "scratch of rows of warps that are not there": Fault(
-            "`some ? scratch[lane % R][place] : M{}`", "scratch[lane % R][place]", ADDRESS, WRONG, BACKWARD_BLOCK
+        "no barrier between the warps of a piece": Fault(BARRIER, "", THREAD, RACE, STREAMED),
+        "no barrier between the warps of a row": Fault(BARRIER, "", THREAD, RACE, BLOCK),
+        "no barrier between the warps of a slab": Fault(BARRIER, "", THREAD, RACE, BACKWARD_BLOCK),
+        "warps of a piece that are not there": Fault(WARP_IS_THERE, "true", ADDRESS, WRONG, FEW_WARPS),
+        "warps of a row that are not there": Fault(WARP_IS_THERE, "true", ADDRESS, WRONG, BLOCK),
+        "warps of a slab that are not there": Fault(WARP_IS_THERE, "true", ADDRESS, WRONG, BACKWARD_BLOCK),
+        "scratch of the first of two rows": Fault(
+            "? `scratch[lane % R][place]`", "scratch[0][place]", ADDRESS, WRONG, WHOLE_BLOCK
         ),
     },
     "row_norm.cuh": {
@@ -207,10 +209,6 @@ FAULTS = {
             *(THREAD, RACE, GROUP),
         ),
         "scratch of the row before used again": Fault("`parity ^= 1;`", "", THREAD, RACE, BLOCK),
-        "no barrier before the warps of rows are folded": Fault(BARRIER, "", THREAD, RACE, BLOCK),
-        "moments of warps that are not there": Fault(
-            "`place < static_cast<int>(blockDim.x) / 32` ?", "true", ADDRESS, WRONG, BLOCK
-        ),
         "pivots of the warps not brought together": Fault(
             "shift = some ? `m.moments.pivot - origin` : 0.0", "0.0", ADDRESS, WRONG, BLOCK
         ),
