@@ -181,9 +181,15 @@ LANENORM_INLINE PivotSums<D> no_sums() {
   return {D::zero(), D::zero(), D::zero(), 0.0, 0.0};
 }
 
-// Vectors of a line, less than a piece, in double.
+// Sums of d and d^2 in each lane.
+template <class V>
+struct LaneSums {
+  V sum, square;
+};
+
+// Those of the vectors of a line, less than a piece, in double.
 template <class T, class V, class D>
-LANENORM_INLINE void add_in_double(const char* x, std::int64_t length, D pivot, PivotSums<D>* sums) {
+LANENORM_INLINE LaneSums<D> sums_in_double(const char* x, std::int64_t length, D pivot) {
   D sum[2] = {D::zero(), D::zero()}, square[2] = {D::zero(), D::zero()};
   std::int64_t i = 0;
   for (; i + V::kLanes <= length; i += V::kLanes) {
@@ -207,15 +213,16 @@ LANENORM_INLINE void add_in_double(const char* x, std::int64_t length, D pivot, 
       square[part] = fma(d, d, square[part]);
     }
   }
-  sums->sum = sums->sum + (sum[0] + sum[1]);
-  sums->square = sums->square + (square[0] + square[1]);
+  return {sum[0] + sum[1], square[0] + square[1]};
 }
 
-// Sums of d and d^2 in each lane.
-template <class V>
-struct LaneSums {
-  V sum, square;
-};
+// They join the sums of a piece.
+template <class T, class V, class D>
+LANENORM_INLINE void add_in_double(const char* x, std::int64_t length, D pivot, PivotSums<D>* sums) {
+  const LaneSums<D> line = sums_in_double<T, V>(x, length, pivot);
+  sums->sum = sums->sum + line.sum;
+  sums->square = sums->square + line.square;
+}
 
 // A superblock of `count` values about its own pivot joins the sums about the piece's.
 //   sum(x - p) = sum(x - q) + n (q - p),  sum(x - p)^2 = sum(x - q)^2 + 2 (q - p) sum(x - q) + n (q - p)^2

@@ -270,19 +270,13 @@ inline constexpr std::int64_t kNear = 2048;
 template <class T, class V, class D>
 LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t length, int rows, D count,
                                            const void* const* ahead, ForwardStage<D>* stage, unsigned* beyond) {
-  const bool in_double = length < kShortRun * V::kLanes;
   const bool moves = length > kSuperblock * V::kLanes;  // sums to the pivot of the row, from those of its superblocks
   alignas(64) double pivot[8] = {}, moved[8] = {}, moved_square[8] = {};
   typename V::Scalar first[8] = {};
   D sum[8], square[8], spread[8];
   for (int r = 0; r < rows; ++r) {  // before any of the sums: their chains of dependent operations overlap
-    const char* p = static_cast<const char*>(x[r]);
-    if (in_double) {
-      pivot[r] = first_value<T, double>(p);
-    } else {
-      first[r] = sampled_pivot<T, V>(p, first_vectors<V>(length));
-      pivot[r] = static_cast<double>(first[r]);
-    }
+    first[r] = sampled_pivot<T, V>(static_cast<const char*>(x[r]), first_vectors<V>(length));
+    pivot[r] = static_cast<double>(first[r]);
   }
   for (int r = 0; r < 8; ++r) {
     PivotSums<D> sums = no_sums<D>();
@@ -292,7 +286,7 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
           ahead == nullptr ? Fetching{p + kNear, true} : Fetching{static_cast<const char*>(ahead[r]), false};
       // What add_run comes to for one superblock, without what it adds 0 to: 512 x 196 150 -> 140 cycles a row, 2304 x
       // 256 183 -> 171, 768 x 768 478 -> 465. The 16 registers of AVX2 do not hold both: 1000 x 300 270 -> 300.
-      if (V::kRegisters > 1 || in_double || moves) {
+      if (V::kRegisters > 1 || moves) {
         add_run<T, V>(p, length, pivot[r], first[r], &sums, fetching);
       } else {
         const LaneSums<V> lanes = superblock_sums<T, V>(p, length, V::broadcast(first[r]), &fetching);
@@ -313,70 +307,127 @@ LANENORM_INLINE Moments<D> moments_of_rows(const void* const* x, std::int64_t le
     squares = squares + D::template load<double>(moved_square);
   }
   const Moments<D> m = moments_about(D::template load<double>(pivot), total, squares, count, D::zero());
-  const D spreads = in_double ? D::zero() : moves ? D::fold8(spread) : squares;
-  *beyond = beyond_spread(spreads, m.m2);
+  *beyond = beyond_spread(moves ? D::fold8(spread) : squares, m.m2);
   return m;
 }
 
-// Normalizers of `rows` <= 8 rows; mean and rstd as saved.
+// Short rows are finished by two sets of 8: folds, divisions and root, a chain of 150 cycles, run beside those of the
+// other set. Forward of 32, 64, 100 columns 46, 67, 100 -> 42, 62, 97 cycles a row, backward 69, 94, 123 -> 63, 88,
+// 115; four sets gain nothing more.
+inline constexpr int kShortSets = 2;
+
+// f(set, its first row, its rows) for the sets of 8 of `rows` rows, at most kSets of them.
+template <int kSets, class F>
+LANENORM_INLINE void for_sets(int rows, const F& f) {
+  if constexpr (kSets == 1) {
+    f(0, 0, rows);
+  } else {
+    for (int set = 0; 8 * set < rows; ++set) f(set, 8 * set, rows - 8 * set < 8 ? rows - 8 * set : 8);
+  }
+}
+
+// Moments of `rows` <= 8 kShortSets rows of less than kShortRun vectors, all in double: 8 in each of m.
 template <class T, class V, class D>
-LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, int rows, const void* const* ahead,
-                                 ForwardStage<D>* stage, Normalizers<typename V::Scalar>* normalizers) {
-  using S = typename V::Scalar;
-  const void* const* x = a.x + first_row;
-  const std::int64_t length = a.length;
-  const double eps = a.eps;
-  S* mean = static_cast<S*>(a.mean) + first_row;
-  S* rstd = static_cast<S*>(a.rstd) + first_row;
-  double* exact = a.exact == nullptr ? nullptr : a.exact + 3 * first_row;
-  const double count = static_cast<double>(length);
-  const auto save = [&](int r, const Pair<double>& exact_mean, double variance) LANENORM_LAMBDA_INLINE {
+LANENORM_INLINE void moments_of_short_rows(const void* const* x, std::int64_t length, int rows, D count,
+                                           ForwardStage<D>* stage, Moments<D>* m) {
+  alignas(64) double pivot[8 * kShortSets];
+  D sum[8 * kShortSets], square[8 * kShortSets];
+  const int sets = (rows + 7) / 8;
+  for (int r = 0; r < rows; ++r) {
+    const char* p = static_cast<const char*>(x[r]);
+    pivot[r] = first_value<T, double>(p);
+    const LaneSums<D> sums = sums_in_double<T, V>(p, length, D::broadcast(pivot[r]));
+    sum[r] = sums.sum;
+    square[r] = sums.square;
+    stage->drain_row();
+  }
+  for (int r = rows; r < 8 * sets; ++r) {
+    pivot[r] = 0;
+    sum[r] = square[r] = D::zero();
+  }
+  for (int set = 0; set < sets; ++set) {
+    m[set] = moments_about(D::template load<double>(pivot + 8 * set), D::fold8(sum + 8 * set),
+                           D::fold8(square + 8 * set), count, D::zero());
+  }
+}
+
+// Saved statistics and normalizers of rows.
+template <class S>
+struct RowResults {
+  S *mean, *rstd;
+  double* exact;  // or null
+  Normalizers<S>* normalizers;
+  LANENORM_INLINE void save(int r, const Pair<double>& exact_mean, double variance) const {
     if (exact == nullptr) return;
     exact[3 * r] = exact_mean.high;
     exact[3 * r + 1] = exact_mean.low;
     exact[3 * r + 2] = variance;
-  };
-  const auto set = [&](int r, const Statistic<S>& s) LANENORM_LAMBDA_INLINE {
+  }
+  LANENORM_INLINE void set(int r, const Statistic<S>& s) const {
     normalizers->set(r, s.normalizer);
     mean[r] = s.mean;
     rstd[r] = s.rstd;
     save(r, s.exact_mean, s.variance);
-  };
-  if constexpr (sizeof(T) == 8) {
-    for (int r = 0; r < rows; ++r) {
-      double elements;
-      const Moments<double> m =
-          piece_moments<T, V, D, false>(x + r, 1, length, 1.0, &elements, ahead == nullptr ? nullptr : ahead + r);
-      set(r, out_of_range<S>(m.m2 / count, eps) ? redo_row<T, V, D>(x[r], length, m.m2 / count, eps)
-                                                : finish<S>(m, count, eps));
-      stage->drain_row();
-    }
-  } else {
-    unsigned beyond;
-    const D n = D::broadcast(count);
-    const Moments<D> m = moments_of_rows<T, V>(x, length, rows, n, ahead, stage, &beyond);
-    const Finished<D> f = finish<S>(m, n, D::broadcast(eps), D::broadcast(1.0));  // divisions and a root for all
-    f.mean.template store<S>(mean, rows);
-    f.rstd.template store<S>(rstd, rows);
-    f.mean.template store<S>(normalizers->mean);
-    f.rstd.template store<S>(normalizers->rstd);
-    f.rstd_low.template store<S>(normalizers->rstd_low);
-    f.shift.template store<S>(normalizers->shift);
-    D::broadcast(1.0).template store<S>(normalizers->scale);
-    const unsigned redo = (~in_range_lanes<S>(f.variance, D::broadcast(eps)) | beyond) & first_lanes<D>(rows);
-    if (__builtin_expect(redo == 0 && exact == nullptr, 1)) return;
-    alignas(64) double high[8], low[8], variance[8];
-    f.variance.template store<double>(variance);
-    f.exact_mean.high.template store<double>(high);
-    f.exact_mean.low.template store<double>(low);
-    for (int r = 0; r < rows; ++r) {
-      if (redo >> r & 1) {
-        set(r, redo_row<T, V, D>(x[r], length, variance[r], eps));
-      } else {
-        save(r, {high[r], low[r]}, variance[r]);
-      }
+  }
+};
+template <class S>
+LANENORM_INLINE RowResults<S> results_of(const RowForward& a, std::int64_t first_row, Normalizers<S>* normalizers) {
+  return {static_cast<S*>(a.mean) + first_row, static_cast<S*>(a.rstd) + first_row,
+          a.exact == nullptr ? nullptr : a.exact + 3 * first_row, normalizers};
+}
+
+// Normalizers of `rows` <= 8 rows of float32 or 16-bit data from their moments; beyond: as above. Bit r of the result:
+// row r was redone.
+template <class T, class V, class D>
+LANENORM_INLINE unsigned finish_rows(const RowForward& a, std::int64_t first_row, int rows, const Moments<D>& m,
+                                     D count, unsigned beyond, Normalizers<typename V::Scalar>* normalizers) {
+  using S = typename V::Scalar;
+  const RowResults<S> to = results_of<S>(a, first_row, normalizers);
+  const D eps = D::broadcast(a.eps);
+  const Finished<D> f = finish<S>(m, count, eps, D::broadcast(1.0));  // divisions and a root for all
+  f.mean.template store<S>(to.mean, rows);
+  f.rstd.template store<S>(to.rstd, rows);
+  f.mean.template store<S>(normalizers->mean);
+  f.rstd.template store<S>(normalizers->rstd);
+  f.rstd_low.template store<S>(normalizers->rstd_low);
+  f.shift.template store<S>(normalizers->shift);
+  D::broadcast(1.0).template store<S>(normalizers->scale);
+  const unsigned redo = (~in_range_lanes<S>(f.variance, eps) | beyond) & first_lanes<D>(rows);
+  if (__builtin_expect(redo == 0 && to.exact == nullptr, 1)) return 0;
+  alignas(64) double high[8], low[8], variance[8];
+  f.variance.template store<double>(variance);
+  f.exact_mean.high.template store<double>(high);
+  f.exact_mean.low.template store<double>(low);
+  for (int r = 0; r < rows; ++r) {
+    if (redo >> r & 1) {
+      to.set(r, redo_row<T, V, D>(a.x[first_row + r], a.length, variance[r], a.eps));
+    } else {
+      to.save(r, {high[r], low[r]}, variance[r]);
     }
   }
+  return redo;
+}
+
+// The same of float64 data, from x.
+template <class T, class V, class D>
+LANENORM_INLINE unsigned finish_double_rows(const RowForward& a, std::int64_t first_row, int rows,
+                                            const void* const* ahead, ForwardStage<D>* stage,
+                                            Normalizers<double>* normalizers) {
+  const RowResults<double> to = results_of<double>(a, first_row, normalizers);
+  unsigned redo = 0;
+  const double count = static_cast<double>(a.length);
+  for (int r = 0; r < rows; ++r) {
+    const void* const* x = a.x + first_row + r;
+    double elements;
+    const Moments<double> m =
+        piece_moments<T, V, D, false>(x, 1, a.length, 1.0, &elements, ahead == nullptr ? nullptr : ahead + r);
+    const double variance = m.m2 / count;
+    const bool again = out_of_range<double>(variance, a.eps);
+    redo |= unsigned{again} << r;
+    to.set(r, again ? redo_row<T, V, D>(*x, a.length, variance, a.eps) : finish<double>(m, count, a.eps));
+    stage->drain_row();
+  }
+  return redo;
 }
 
 // Rows that are finished together: 8, fewer where x of 8 rows would not stay in half of L1 until it is applied.
@@ -401,57 +452,92 @@ struct RowAffine {
 template <class A>
 struct SharedAffine {
   static constexpr bool kShared = true;
-  const A& affine;
+  A affine;
   LANENORM_INLINE const A& operator()(std::int64_t) const { return affine; }
 };
 
+// y of `rows` <= 8 finished rows; those `ahead_rows` further on are fetched meanwhile.
 template <class T, class V, class D, class A>
-LANENORM_INLINE void forward_groups(const RowForward& a, const A& affine_of_row) {
-  const std::int64_t fitting = kGroupBytes / (a.length * static_cast<std::int64_t>(sizeof(T)));
-  const std::int64_t group = fitting < 1 ? 1 : fitting < 8 ? fitting : 8;
+LANENORM_INLINE void apply_rows(const RowForward& a, std::int64_t first, int rows, std::int64_t ahead_rows,
+                                const Normalizers<typename V::Scalar>& normalizers, unsigned redone,
+                                const A& affine_of_row, ForwardStage<D>* stage, Seam* seam) {
   const char* const* x = reinterpret_cast<const char* const*>(a.x);
-  const std::int64_t group_bytes = group * a.length * static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t ahead_rows = group * ((kRowsAhead + group_bytes - 1) / group_bytes);
   const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T));
+  char* table[8];
+  char* const* y = stage->lines(a.y + first, rows, table);
+  const bool stream = a.stream && y != table;
+  const auto ahead = [&](int r) LANENORM_LAMBDA_INLINE {  // the rows of that group, if row r of it is there
+    return a.prefetch && first + ahead_rows + r < a.rows ? x + first + ahead_rows : nullptr;
+  };
+  int r = 0;
+  if constexpr (A::kShared) {
+    for (; r + 2 <= rows && (redone >> r & 3) == 0; r += 2) {
+      if (stream && !on_cache_lines(y + r, 2)) break;
+      apply_two<T, V>(x + first + r, y + r, a.length, normalizers[r], normalizers[r + 1], affine_of_row(0), stream,
+                      ahead(r + 1) == nullptr ? nullptr : ahead(r + 1) + r);
+    }
+  }
+  for (; r < rows; ++r) {
+    const bool continues =
+        first + r + 1 < a.rows && static_cast<char*>(a.y[first + r]) + row_bytes == a.y[first + r + 1];
+    const Traffic traffic{stream ? seam : nullptr, continues, ahead(r) == nullptr ? nullptr : ahead(r)[r]};
+    apply_any<T, V>(x[first + r], y[r], a.length, normalizers[r], affine_of_row(first + r), traffic);
+  }
+}
+
+// kShort: rows of less than kShortRun vectors.
+// Not inlined: all kinds in one function leave each loop fewer registers than it needs (196 columns 1.13 of the time).
+// Arguments are copied: what y may point to is read again after every store.
+template <bool kShort, class T, class V, class D, class A>
+[[gnu::noinline]] void forward_groups(const RowForward& given, A affine_of_row) {
+  const RowForward a = given;
+  constexpr int kSets = kShort ? kShortSets : 1;
+  const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T)), fitting = kGroupBytes / row_bytes;
+  const std::int64_t group = kShort ? 8 * kSets : fitting < 1 ? 1 : fitting < 8 ? fitting : 8;
+  const std::int64_t ahead_rows = group * ((kRowsAhead + group * row_bytes - 1) / (group * row_bytes));
   ForwardStage<D> stage(a.stream, row_bytes, a.y[0]);
   Seam seam;
+  const D count = D::broadcast(static_cast<double>(a.length));
   for (std::int64_t first = 0; first < a.rows; first += group) {
     const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
-    Normalizers<typename V::Scalar> normalizers;
     const bool whole_group = a.prefetch && first + ahead_rows + rows <= a.rows;
-    finish_rows<T, V, D>(a, first, rows, whole_group ? a.x + first + ahead_rows : nullptr, &stage, &normalizers);
-    char* table[8];
-    char* const* y = stage.lines(a.y + first, rows, table);
-    const bool stream = a.stream && y != table;
-    const auto ahead = [&](int r) LANENORM_LAMBDA_INLINE {  // the rows of that group, if row r of it is there
-      return a.prefetch && first + ahead_rows + r < a.rows ? x + first + ahead_rows : nullptr;
-    };
-    int r = 0;
-    if constexpr (A::kShared) {
-      for (; r + 2 <= rows && normalizers.scale[r] == 1 && normalizers.scale[r + 1] == 1; r += 2) {
-        if (stream && !on_cache_lines(y + r, 2)) break;
-        apply_two<T, V>(x + first + r, y + r, a.length, normalizers[r], normalizers[r + 1], affine_of_row(0), stream,
-                        ahead(r + 1) == nullptr ? nullptr : ahead(r + 1) + r);
+    const void* const* ahead = whole_group ? a.x + first + ahead_rows : nullptr;
+    Normalizers<typename V::Scalar> normalizers[kSets];
+    unsigned redone[kSets];
+    if constexpr (sizeof(T) == 8) {
+      redone[0] = finish_double_rows<T, V, D>(a, first, rows, ahead, &stage, normalizers);
+    } else {
+      Moments<D> m[kSets];
+      unsigned beyond = 0;
+      if constexpr (kShort) {
+        moments_of_short_rows<T, V>(a.x + first, a.length, rows, count, &stage, m);
+      } else {
+        m[0] = moments_of_rows<T, V>(a.x + first, a.length, rows, count, ahead, &stage, &beyond);
       }
+      for_sets<kSets>(rows, [&](int set, int row, int of_set) LANENORM_LAMBDA_INLINE {
+        redone[set] = finish_rows<T, V>(a, first + row, of_set, m[set], count, beyond, normalizers + set);
+      });
     }
-    for (; r < rows; ++r) {
-      const bool continues =
-          first + r + 1 < a.rows && static_cast<char*>(a.y[first + r]) + row_bytes == a.y[first + r + 1];
-      const Traffic traffic{stream ? &seam : nullptr, continues, ahead(r) == nullptr ? nullptr : ahead(r)[r]};
-      apply_any<T, V>(x[first + r], y[r], a.length, normalizers[r], affine_of_row(first + r), traffic);
-    }
+    for_sets<kSets>(rows, [&](int set, int row, int of_set) LANENORM_LAMBDA_INLINE {
+      apply_rows<T, V>(a, first + row, of_set, ahead_rows, normalizers[set], redone[set], affine_of_row, &stage, &seam);
+    });
   }
 }
 
 template <class T, class V, class D>
 void row_forward(const RowForward& a) {
   using S = typename V::Scalar;
+  const auto groups = [&](auto affine_of_row) LANENORM_LAMBDA_INLINE {
+    if constexpr (sizeof(T) < 8) {
+      if (a.length < kShortRun * V::kLanes) return forward_groups<true, T, V, D>(a, affine_of_row);
+    }
+    forward_groups<false, T, V, D>(a, affine_of_row);
+  };
   if (a.per_row) {
-    forward_groups<T, V, D>(a, RowAffine<S>{a.weight, a.bias});
+    groups(RowAffine<S>{a.weight, a.bias});
   } else {
-    with_affine<V>(a.weight, a.bias, [&](auto affine) LANENORM_LAMBDA_INLINE {
-      forward_groups<T, V, D>(a, SharedAffine<decltype(affine)>{affine});
-    });
+    with_affine<V>(a.weight, a.bias,
+                   [&](auto affine) LANENORM_LAMBDA_INLINE { groups(SharedAffine<decltype(affine)>{affine}); });
   }
 }
 
@@ -836,9 +922,10 @@ LANENORM_INLINE void finish_gradients(const RowBackward& a, std::int64_t first, 
 template <class T, class V, class D>
 void row_backward(const RowBackward& a) {
   using S = typename V::Scalar;
-  GradientConstants<S> constants[8];
-  const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t group = 2 * 8 * row_bytes <= kGroupBytes ? 8 : kRowBlock;
+  constexpr std::int64_t kMost = 8 * kShortSets;
+  GradientConstants<S> constants[kMost];
+  const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T)), fitting = kGroupBytes / 2 / row_bytes;
+  const std::int64_t group = fitting >= kMost ? kMost : fitting >= 8 ? 8 : kRowBlock;
   BackwardStage<D> stage(a.stream, row_bytes, a.dx[0]);
   const std::int64_t group_bytes = group * row_bytes;
   const bool split = a.stream && row_bytes >= 512 && group_bytes <= kLargestGroup;
@@ -866,13 +953,21 @@ void row_backward(const RowBackward& a) {
   with_gradient_block<T, V, D>(block, [&](auto gradient) {
     for (std::int64_t first = 0; first < a.rows; first += group) {
       const int rows = static_cast<int>(a.rows - first < group ? a.rows - first : group);
-      finish_gradients<T, V, D>(a, first, rows, sum(a, first, rows, far, &stage), constants);
-      char* table[8];
-      char* const* dx = stage.lines(a.dx + first, rows, table);
-      const Writing writing{a.stream && dx != table, far};
-      for (int r = 0; r < rows; r += kRowBlock) {
-        gradient(block, first + r, rows - r < kRowBlock ? rows - r : kRowBlock, constants + r, dx + r, writing);
-      }
+      GradientLanes<D> sums[kShortSets];
+      for_sets<kShortSets>(rows, [&](int set, int row, int of_set)
+                                     LANENORM_LAMBDA_INLINE { sums[set] = sum(a, first + row, of_set, far, &stage); });
+      for_sets<kShortSets>(rows, [&](int set, int row, int of_set) LANENORM_LAMBDA_INLINE {
+        finish_gradients<T, V, D>(a, first + row, of_set, sums[set], constants + row);
+      });
+      for_sets<kShortSets>(rows, [&](int, int row, int of_set) LANENORM_LAMBDA_INLINE {
+        char* table[8];
+        char* const* dx = stage.lines(a.dx + first + row, of_set, table);
+        const Writing writing{a.stream && dx != table, far};
+        for (int r = 0; r < of_set; r += kRowBlock) {
+          const int of_block = of_set - r < kRowBlock ? of_set - r : kRowBlock;
+          gradient(block, first + row + r, of_block, constants + row + r, dx + r, writing);
+        }
+      });
     }
   });
 }
