@@ -65,26 +65,46 @@ LANENORM_INLINE Ahead ahead_of(const A& a, std::int64_t row, bool stream) {
   return {stream && row + N + rows <= a.rows, rows, 0};
 }
 
+// N lines of a table, whose pointers a compiler reads again after each store. Where nothing is fetched beside them they
+// are copied to registers: inference of 784 x 512 45 -> 42 us, sums of a backward 0.89..0.98 of the time. With what is
+// fetched there are too many: 65536 x 100, streamed, 1.22 ms, with copies 1.46.
+template <int N, bool kCopy, class P>
+struct LinesOf {
+  P const* table;
+  P own[N];
+  LANENORM_INLINE explicit LinesOf(P const* lines) : table(lines) {
+    LANENORM_UNROLL
+    for (int r = 0; r < N && kCopy; ++r) own[r] = lines[r];
+  }
+  LANENORM_INLINE P operator[](std::int64_t r) const { return kCopy ? own[r] : table[r]; }
+  LANENORM_INLINE P ahead(std::int64_t r) const { return table[r]; }
+};
+
 // ---- moments -----------------------------------------------------------------------------------------------------
 
-// f(Count<N>, row, rows ahead or 0) for the rows begin..end, N at a time.
+// f(Count<N>, whether to fetch, row, rows ahead) for the rows begin..end, N at a time.
 template <class T, class F>
 LANENORM_INLINE void for_row_blocks(const ColumnMoments& a, std::int64_t begin, std::int64_t end, std::int64_t columns,
                                     const F& f) {
   const std::int64_t distance = rows_ahead<kBlock, T>(columns);
   std::int64_t row = begin;
   for (; row + kBlock <= end; row += kBlock) {
-    f(Count<kBlock>{}, row, a.ahead && row + kBlock + distance <= a.rows ? distance : 0);
+    if (a.ahead && row + kBlock + distance <= a.rows) {
+      f(Count<kBlock>{}, std::true_type{}, row, distance);
+    } else {
+      f(Count<kBlock>{}, std::false_type{}, row, std::int64_t{0});
+    }
   }
-  for (; row < end; ++row) f(Count<1>{}, row, std::int64_t{0});
+  for (; row < end; ++row) f(Count<1>{}, std::false_type{}, row, std::int64_t{0});
 }
 
 // In double, for short columns and for those that float32 would lose digits of: N rows of `columns` columns join their
 // sums of d and d^2. at: bytes before the first of them. first: these are the first rows.
-template <int N, class T, class V, class D>
+template <int N, bool kAhead, class T, class V, class D>
 LANENORM_INLINE void add_rows_in_double(const char* const* lines, const char* pivots, std::int64_t at,
                                         std::int64_t columns, bool first, std::int64_t ahead, double* sums,
                                         double* squares) {
+  const LinesOf<N, false, const char*> x(lines);
   for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const std::int64_t here = at + j * static_cast<std::int64_t>(sizeof(T));
     D pivot[2], sum[2], square[2];
@@ -97,8 +117,8 @@ LANENORM_INLINE void add_rows_in_double(const char* const* lines, const char* pi
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       D d[2];
-      if (ahead > 0) fetch(lines[r + ahead] + here);
-      load_wide<T, V>(lines[r] + here, part, d);
+      if constexpr (kAhead) fetch(x.ahead(r + ahead) + here);
+      load_wide<T, V>(x[r] + here, part, d);
       LANENORM_UNROLL
       for (int half = 0; half < 2; ++half) {
         d[half] = d[half] - pivot[half];
@@ -122,9 +142,11 @@ LANENORM_INLINE void column_moments_in_double(const ColumnMoments& a, std::int64
   const std::int64_t at = begin * static_cast<std::int64_t>(sizeof(T));
   double* sums = moments + pitch;
   double* squares = moments + 3 * pitch;
-  for_row_blocks<T>(a, 0, a.rows, columns, [&](auto n, std::int64_t row, std::int64_t ahead) LANENORM_LAMBDA_INLINE {
-    add_rows_in_double<decltype(n)::value, T, V, D>(lines + row, lines[0], at, columns, row == 0, ahead, sums, squares);
-  });
+  const auto add = [&](auto n, auto fetching, std::int64_t row, std::int64_t ahead) LANENORM_LAMBDA_INLINE {
+    add_rows_in_double<decltype(n)::value, decltype(fetching)::value, T, V, D>(lines + row, lines[0], at, columns,
+                                                                               row == 0, ahead, sums, squares);
+  };
+  for_row_blocks<T>(a, 0, a.rows, columns, add);
   const D count = D::broadcast(static_cast<double>(a.rows));
   for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     D pivot[2];
@@ -138,35 +160,44 @@ LANENORM_INLINE void column_moments_in_double(const ColumnMoments& a, std::int64
   });
 }
 
-// In float32: N rows join the sums over a superblock of d = x - pivot, and of d^2 or |d|.
-template <int N, class T, class V, bool kSquares>
+// In float32: N rows join the sums over a superblock of d = x - pivot, and of d^2 or |d|. Pointers of narrow rows are
+// not copied: moments of 784 x 512, 200 x 512, 3136 x 128, 12544 x 64 0.94, 0.90, 0.99, 1.10 of the time with copies.
+template <int N, bool kAhead, class T, class V, bool kSquares>
 LANENORM_INLINE void add_rows_float32(const char* const* lines, std::int64_t columns, const char* pivots, bool first,
                                       std::int64_t ahead, typename V::Scalar* sums, typename V::Scalar* seconds) {
   using Pivot = std::conditional_t<kSquares, typename V::Scalar, T>;  // of a superblock, or its first row
-  for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
-    const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
-    const V pivot = load<Pivot, V>(pivots + j * static_cast<std::int64_t>(sizeof(Pivot)), part);
-    V d[N];
-    LANENORM_UNROLL
-    for (int r = 0; r < N; ++r) {
-      if (ahead > 0) fetch(lines[r + ahead] + at);
-      d[r] = load<T, V>(lines[r] + at, part) - pivot;
-    }
-    V sum = tree<N>(d), second;
-    if constexpr (kSquares) {
-      second = sum_of_squares<N>(d);
-    } else {
+  const auto add = [&](auto copy) LANENORM_LAMBDA_INLINE {
+    const LinesOf<N, decltype(copy)::value, const char*> x(lines);
+    for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
+      const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
+      const V pivot = load<Pivot, V>(pivots + j * static_cast<std::int64_t>(sizeof(Pivot)), part);
+      V d[N];
       LANENORM_UNROLL
-      for (int r = 0; r < N; ++r) d[r] = abs(d[r]);
-      second = tree<N>(d);
-    }
-    if (!first) {
-      sum = sum + load_lanes<V>(sums + j);
-      second = second + load_lanes<V>(seconds + j);
-    }
-    store_lanes(sum, sums + j);
-    store_lanes(second, seconds + j);
-  });
+      for (int r = 0; r < N; ++r) {
+        if constexpr (kAhead) fetch(x.ahead(r + ahead) + at);
+        d[r] = load<T, V>(x[r] + at, part) - pivot;
+      }
+      V sum = tree<N>(d), second;
+      if constexpr (kSquares) {
+        second = sum_of_squares<N>(d);
+      } else {
+        LANENORM_UNROLL
+        for (int r = 0; r < N; ++r) d[r] = abs(d[r]);
+        second = tree<N>(d);
+      }
+      if (!first) {
+        sum = sum + load_lanes<V>(sums + j);
+        second = second + load_lanes<V>(seconds + j);
+      }
+      store_lanes(sum, sums + j);
+      store_lanes(second, seconds + j);
+    });
+  };
+  if (!kAhead && columns > kNarrowVectors * V::kLanes) {
+    add(std::bool_constant<!kAhead>{});
+  } else {
+    add(std::false_type{});
+  }
 }
 
 template <class T, class V, class D>
@@ -179,11 +210,12 @@ LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
   S* own_squares = own_sums + pitch;
 
   const char* const* lines = reinterpret_cast<const char* const*>(a.x);
-  for_row_blocks<T>(a, 0, kPivotRows, a.columns,
-                    [&](auto n, std::int64_t row, std::int64_t ahead) LANENORM_LAMBDA_INLINE {
-                      add_rows_float32<decltype(n)::value, T, V, false>(lines + row, a.columns, lines[0], row == 0,
-                                                                        ahead, own_sums, own_squares);
-                    });
+  const std::int64_t columns = a.columns;
+  const auto add_magnitudes = [&](auto n, auto fetching, std::int64_t row, std::int64_t ahead) LANENORM_LAMBDA_INLINE {
+    add_rows_float32<decltype(n)::value, decltype(fetching)::value, T, V, false>(
+        lines + row, columns, lines[0], row == 0, ahead, own_sums, own_squares);
+  };
+  for_row_blocks<T>(a, 0, kPivotRows, columns, add_magnitudes);
   for_vectors<V>(a.columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const V inverse = V::broadcast(S(1) / S(kPivotRows));
     const V pivot = pivot_from(load<T, V>(lines[0] + j * static_cast<std::int64_t>(sizeof(T)), part),
@@ -195,11 +227,11 @@ LANENORM_INLINE void column_moments_float32(const ColumnMoments& a) {
 
   for (std::int64_t begin = 0; begin < a.rows; begin += kSuperblock) {
     const std::int64_t end = begin + kSuperblock < a.rows ? begin + kSuperblock : a.rows;
-    for_row_blocks<T>(
-        a, begin, end, a.columns, [&](auto n, std::int64_t row, std::int64_t ahead) LANENORM_LAMBDA_INLINE {
-          add_rows_float32<decltype(n)::value, T, V, true>(lines + row, a.columns, reinterpret_cast<const char*>(own),
-                                                           row == begin, ahead, own_sums, own_squares);
-        });
+    const auto add_squares = [&](auto n, auto fetching, std::int64_t row, std::int64_t ahead) LANENORM_LAMBDA_INLINE {
+      add_rows_float32<decltype(n)::value, decltype(fetching)::value, T, V, true>(
+          lines + row, columns, reinterpret_cast<const char*>(own), row == begin, ahead, own_sums, own_squares);
+    };
+    for_row_blocks<T>(a, begin, end, columns, add_squares);
     const D count = D::broadcast(static_cast<double>(end - begin));
     for_vectors<V>(a.columns, [&](std::int64_t j, auto) LANENORM_LAMBDA_INLINE {
       const V pivot = load_lanes<V>(own + j), sum = load_lanes<V>(own_sums + j),
@@ -468,20 +500,6 @@ LANENORM_INLINE bool pages_follow(const A& a) {
   return pages_apart(a) && static_cast<const char*>(a.x[1]) - static_cast<const char*>(a.x[0]) == row;
 }
 
-// N lines of a table, whose pointers a compiler reads again after each store to y. Where y stays in cache they are
-// copied to registers: inference of 784 x 512 45 -> 42 us. Where it is streamed they are not: 65536 x 100 1.22 ms, with
-// copies 1.46, with what is fetched there are too many.
-template <int N, bool kStream, class P>
-struct LinesOf {
-  P const* table;
-  P own[N];
-  LANENORM_INLINE explicit LinesOf(P const* lines) : table(lines) {
-    LANENORM_UNROLL
-    for (int r = 0; r < N && !kStream; ++r) own[r] = lines[r];
-  }
-  LANENORM_INLINE P operator[](std::int64_t r) const { return kStream ? table[r] : own[r]; }
-};
-
 enum class ApplyOf { layer_norm, batch_norm, inference };
 
 // The constants of a vector of columns, and of a row where weight and bias are its own (layer_norm).
@@ -537,8 +555,8 @@ template <int N, bool kStream, class T, class V, ApplyOf kApply, bool kGeneral>
 LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
   using S = typename V::Scalar;
   const ConstantsOfColumns<V, kApply, kGeneral> columns(a);
-  const LinesOf<N, kStream, const char*> x(reinterpret_cast<const char* const*>(a.x) + row);
-  const LinesOf<N, kStream, char*> y(reinterpret_cast<char* const*>(a.y) + row);
+  const LinesOf<N, !kStream, const char*> x(reinterpret_cast<const char* const*>(a.x) + row);
+  const LinesOf<N, !kStream, char*> y(reinterpret_cast<char* const*>(a.y) + row);
   const std::int64_t head = kStream ? streamed_from<T>(y.table, N, a.columns) : -1;
   const Ahead ahead = kStream ? ahead_of<N, T>(a, row, head >= 0) : Ahead{};
   const S* weight = kApply == ApplyOf::layer_norm ? columns.weight + row : nullptr;
@@ -550,7 +568,7 @@ LANENORM_INLINE void apply_rows(const ColumnApply& a, std::int64_t row) {
     V v[N];
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (kStream && ahead.fetch) fetch(x[r + ahead.rows] + at + ahead.bytes);
+      if (kStream && ahead.fetch) fetch(x.ahead(r + ahead.rows) + at + ahead.bytes);
       v[r] = load<T, V>(x[r] + at, part);
     }
     LANENORM_UNROLL
@@ -622,19 +640,17 @@ void column_apply(const ColumnApply& a) {
 
 // ---- backward: sums ----------------------------------------------------------------------------------------------
 
-// kFirst: these rows begin the sums.
-template <int N, class T, class V, bool kWeight, bool kFirst>
-LANENORM_INLINE void sums_block(const ColumnSums& a, std::int64_t row, typename V::Scalar* sums) {
+// kFirst: these rows begin the sums. kAhead: those `ahead` rows further on are fetched.
+template <int N, class T, class V, bool kWeight, bool kFirst, bool kAhead>
+LANENORM_INLINE void sums_block(const ColumnSums& a, std::int64_t row, std::int64_t ahead, typename V::Scalar* sums) {
   using S = typename V::Scalar;
-  const std::int64_t pitch = padded(a.columns);
-  const char* const* x = reinterpret_cast<const char* const*>(a.x) + row;
-  const char* const* dy = reinterpret_cast<const char* const*>(a.dy) + row;
+  const std::int64_t pitch = padded(a.columns), columns = a.columns;
+  const LinesOf<N, !kAhead, const char*> x(reinterpret_cast<const char* const*>(a.x) + row);
+  const LinesOf<N, !kAhead, const char*> dy(reinterpret_cast<const char* const*>(a.dy) + row);
   const S* weight = kWeight ? static_cast<const S*>(a.weight) + row : nullptr;
   const S* mean = static_cast<const S*>(a.mean);
   const S* rstd = static_cast<const S*>(a.rstd);
-  const std::int64_t distance = rows_ahead<N, T>(a.columns);
-  const std::int64_t ahead = a.ahead && row + N + distance <= a.rows ? distance : 0;
-  const auto one = [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
+  for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const V m = load<S, V>(reinterpret_cast<const char*>(mean + j), part);
     const V s = load<S, V>(reinterpret_cast<const char*>(rstd + j), part);
     const std::int64_t at = j * static_cast<std::int64_t>(sizeof(T));
@@ -642,12 +658,12 @@ LANENORM_INLINE void sums_block(const ColumnSums& a, std::int64_t row, typename 
     // First x, then dy: so their lines, often at the same place within a page, evict each other less.
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (ahead > 0) fetch(x[r + ahead] + at);
+      if constexpr (kAhead) fetch(x.ahead(r + ahead) + at);
       t[r] = (load<T, V>(x[r] + at, part) - m) * s;
     }
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (ahead > 0) fetch(dy[r + ahead] + at);
+      if constexpr (kAhead) fetch(dy.ahead(r + ahead) + at);
       g[r] = load<T, V>(dy[r] + at, part);
       if constexpr (kWeight) g[r] = g[r] * V::broadcast(weight[r]);
     }
@@ -656,22 +672,24 @@ LANENORM_INLINE void sums_block(const ColumnSums& a, std::int64_t row, typename 
     add(tree<N>(g), sums + j);
     add(tree_of_products<N>(g, t), sums + pitch + j);
     add(tree<N>(t), sums + 2 * pitch + j);
-  };
-  std::int64_t j = 0;
-  for (; j + V::kLanes <= a.columns; j += V::kLanes) one(j, Full{});
-  if (j < a.columns) one(j, Part{static_cast<int>(a.columns - j)});
+  });
 }
 
 template <class T, class V, bool kWeight>
 LANENORM_INLINE void sums_rows(const ColumnSums& a, std::int64_t row, std::int64_t rows, typename V::Scalar* sums) {
   const bool first = row % kFlushRows == 0;
-  if (rows == kRowBlock && first) {
-    sums_block<kRowBlock, T, V, kWeight, true>(a, row, sums);
-  } else if (rows == kRowBlock) {
-    sums_block<kRowBlock, T, V, kWeight, false>(a, row, sums);
+  if (rows == kRowBlock) {
+    const std::int64_t distance = rows_ahead<kRowBlock, T>(a.columns);
+    const auto block = [&](auto first_rows, auto ahead) LANENORM_LAMBDA_INLINE {
+      sums_block<kRowBlock, T, V, kWeight, decltype(first_rows)::value, decltype(ahead)::value>(a, row, distance, sums);
+    };
+    const auto fetching = [&](auto ahead) LANENORM_LAMBDA_INLINE {
+      first ? block(std::true_type{}, ahead) : block(std::false_type{}, ahead);
+    };
+    a.ahead&& row + kRowBlock + distance <= a.rows ? fetching(std::true_type{}) : fetching(std::false_type{});
   } else {
-    if (first) sums_block<1, T, V, kWeight, true>(a, row, sums);
-    for (std::int64_t r = first ? 1 : 0; r < rows; ++r) sums_block<1, T, V, kWeight, false>(a, row + r, sums);
+    if (first) sums_block<1, T, V, kWeight, true, false>(a, row, 0, sums);
+    for (std::int64_t r = first ? 1 : 0; r < rows; ++r) sums_block<1, T, V, kWeight, false, false>(a, row + r, 0, sums);
   }
 }
 
@@ -769,9 +787,9 @@ template <int N, bool kStream, class T, class V, class D, bool kWeight, bool kPa
 LANENORM_INLINE void gradient_rows(const ColumnGradient& a, std::int64_t row) {
   using S = typename V::Scalar;
   const GradientsOfColumns<V> columns(a);
-  const LinesOf<N, kStream, const char*> x(reinterpret_cast<const char* const*>(a.x) + row);
-  const LinesOf<N, kStream, const char*> dy(reinterpret_cast<const char* const*>(a.dy) + row);
-  const LinesOf<N, kStream, char*> dx(reinterpret_cast<char* const*>(a.dx) + row);
+  const LinesOf<N, !kStream, const char*> x(reinterpret_cast<const char* const*>(a.x) + row);
+  const LinesOf<N, !kStream, const char*> dy(reinterpret_cast<const char* const*>(a.dy) + row);
+  const LinesOf<N, !kStream, char*> dx(reinterpret_cast<char* const*>(a.dx) + row);
   const S* weight = kWeight ? static_cast<const S*>(a.weight) + row : nullptr;
   std::int64_t head = kStream ? streamed_from<T>(dx.table, N, a.columns) : -1;
   if (kParameters && head > 0) head = -1;  // the order of the sums follows the vectors
@@ -785,12 +803,12 @@ LANENORM_INLINE void gradient_rows(const ColumnGradient& a, std::int64_t row) {
     V gs[N], xs[N];
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (kStream && ahead.fetch) fetch(x[r + ahead.rows] + at + ahead.bytes);
+      if (kStream && ahead.fetch) fetch(x.ahead(r + ahead.rows) + at + ahead.bytes);
       xs[r] = load<T, V>(x[r] + at, part);
     }
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
-      if (kStream && ahead.fetch) fetch(dy[r + ahead.rows] + at + ahead.bytes);
+      if (kStream && ahead.fetch) fetch(dy.ahead(r + ahead.rows) + at + ahead.bytes);
       gs[r] = load<T, V>(dy[r] + at, part);
     }
     LANENORM_UNROLL
