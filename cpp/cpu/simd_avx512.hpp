@@ -43,14 +43,15 @@ LANENORM_INLINE __m256i narrow_halves<Float16>(__m512 v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 // In integers: the conversion instruction flushes subnormals. The upper words of bits + 0x7fff, or 0x8000 where that
-// word is odd; a NaN becomes quiet instead.
+// word is odd; of a NaN those of v made quiet, by a table that keeps the sum for every other class of v.
 template <>
 LANENORM_INLINE __m256i narrow_halves<BFloat16>(__m512 v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __m512i half = _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fff), odd, _mm512_set1_epi32(0x8000));
-  const __m512i rounded = _mm512_mask_or_epi32(_mm512_add_epi32(bits, half), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
-                                               bits, _mm512_set1_epi32(0x00400000));
+  constexpr int kQuietNans = 0x22;  // of the 8 classes the first two are NaN; 2 stands for the quiet value
+  const __m512i rounded = _mm512_castps_si512(
+      _mm512_fixupimm_ps(_mm512_castsi512_ps(_mm512_add_epi32(bits, half)), v, _mm512_set1_epi32(kQuietNans), 0));
   const __m512i words = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
                                          15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(words, rounded));
