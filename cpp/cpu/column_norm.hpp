@@ -104,7 +104,6 @@ template <int N, bool kAhead, class T, class V, class D>
 LANENORM_INLINE void add_rows_in_double(const char* const* lines, const char* pivots, std::int64_t at,
                                         std::int64_t columns, bool first, std::int64_t ahead, double* sums,
                                         double* squares) {
-  const LinesOf<N, false, const char*> x(lines);
   for_vectors<V>(columns, [&](std::int64_t j, auto part) LANENORM_LAMBDA_INLINE {
     const std::int64_t here = at + j * static_cast<std::int64_t>(sizeof(T));
     D pivot[2], sum[2], square[2];
@@ -117,8 +116,8 @@ LANENORM_INLINE void add_rows_in_double(const char* const* lines, const char* pi
     LANENORM_UNROLL
     for (int r = 0; r < N; ++r) {
       D d[2];
-      if constexpr (kAhead) fetch(x.ahead(r + ahead) + here);
-      load_wide<T, V>(x[r] + here, part, d);
+      if constexpr (kAhead) fetch(lines[r + ahead] + here);
+      load_wide<T, V>(lines[r] + here, part, d);
       LANENORM_UNROLL
       for (int half = 0; half < 2; ++half) {
         d[half] = d[half] - pivot[half];
