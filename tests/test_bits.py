@@ -212,33 +212,28 @@ def test_bits_of_a_row_do_not_depend_on_its_place_in_the_batch(isa, dtype, count
 
 @pytest.mark.parametrize(("dtype", "tiny"), [(np.float32, 1e-33), (np.float64, 1e-140)])
 @pytest.mark.parametrize("count", [5, 40, 127, 200])
-def test_bits_of_rows_out_of_range_do_not_depend_on_their_place_in_the_batch(rng, isa, dtype, tiny, count):
+@pytest.mark.parametrize("channels", [False, True])  # LN, and BN of one image: rows with a weight each
+def test_bits_of_rows_out_of_range_do_not_depend_on_their_place_in_the_batch(rng, isa, dtype, tiny, count, channels):
     """Rows that are finished together, of which some are redone: at every place of a group, alone and side by side."""
     x, dy = normal(rng, (45, count), dtype, 1.0), normal(rng, (45, count), dtype)
     redone = [2, 9, 10, 15, 16, 20, 29, 31, 37, 44]
     x[redone] *= dtype(tiny)
     weight, bias = parameters(rng, count, dtype)
-    for of_channels in (False, True):  # BN of one image: rows with a weight each
 
-        def forward(x, dy, of_channels=of_channels):
-            if of_channels:
-                w = np.full(len(x), 1.5, dtype)
-                got = lanenorm.batch_norm_forward(x[None], w, w, eps=0.0)
-                return [
-                    got.y[0],
-                    got.mean,
-                    got.rstd,
-                    lanenorm.batch_norm_backward(dy[None], x[None], *got[1:], w).dx[0],
-                ]
-            got = lanenorm.layer_norm_forward(x, weight, bias, eps=0.0)
-            return [*got, lanenorm.layer_norm_backward(dy, x, *got[1:], weight).dx]
+    def all_of(x, dy):
+        if channels:
+            w = np.full(len(x), 1.5, dtype)
+            y, mean, rstd = lanenorm.batch_norm_forward(x[None], w, w, eps=0.0)
+            return [y[0], mean, rstd, lanenorm.batch_norm_backward(dy[None], x[None], mean, rstd, w).dx[0]]
+        y, mean, rstd = lanenorm.layer_norm_forward(x, weight, bias, eps=0.0)
+        return [y, mean, rstd, lanenorm.layer_norm_backward(dy, x, mean, rstd, weight).dx]
 
-        whole = forward(x, dy)
-        assert np.all(np.isfinite(whole[0]))
-        assert np.all(whole[2].ravel()[redone] > 1e20)
-        for row in range(45):
-            alone = forward(x[row : row + 1], dy[row : row + 1])
-            assert digest(alone) == digest(a[row : row + 1] for a in whole), f"row {row}, of channels: {of_channels}"
+    whole = all_of(x, dy)
+    assert np.all(np.isfinite(whole[0]))
+    assert np.all(whole[2].ravel()[redone] > 1e20)
+    for row in range(45):
+        alone = all_of(x[row : row + 1], dy[row : row + 1])
+        assert digest(alone) == digest(a[row : row + 1] for a in whole), f"row {row}"
 
 
 @by_dtype

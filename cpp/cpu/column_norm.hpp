@@ -192,11 +192,10 @@ LANENORM_INLINE void add_rows_float32(const char* const* lines, std::int64_t col
       store_lanes(second, seconds + j);
     });
   };
-  if (!kAhead && columns > kNarrowVectors * V::kLanes) {
-    add(std::bool_constant<!kAhead>{});
-  } else {
-    add(std::false_type{});
+  if constexpr (!kAhead) {
+    if (columns > kNarrowVectors * V::kLanes) return add(std::true_type{});
   }
+  add(std::false_type{});
 }
 
 template <class T, class V, class D>
@@ -679,13 +678,14 @@ LANENORM_INLINE void sums_rows(const ColumnSums& a, std::int64_t row, std::int64
   const bool first = row % kFlushRows == 0;
   if (rows == kRowBlock) {
     const std::int64_t distance = rows_ahead<kRowBlock, T>(a.columns);
-    const auto block = [&](auto first_rows, auto ahead) LANENORM_LAMBDA_INLINE {
-      sums_block<kRowBlock, T, V, kWeight, decltype(first_rows)::value, decltype(ahead)::value>(a, row, distance, sums);
+    const auto block = [&](auto begins, auto ahead) LANENORM_LAMBDA_INLINE {
+      sums_block<kRowBlock, T, V, kWeight, decltype(begins)::value, decltype(ahead)::value>(a, row, distance, sums);
     };
-    const auto fetching = [&](auto ahead) LANENORM_LAMBDA_INLINE {
-      first ? block(std::true_type{}, ahead) : block(std::false_type{}, ahead);
-    };
-    a.ahead&& row + kRowBlock + distance <= a.rows ? fetching(std::true_type{}) : fetching(std::false_type{});
+    if (a.ahead && row + kRowBlock + distance <= a.rows) {
+      first ? block(std::true_type{}, std::true_type{}) : block(std::false_type{}, std::true_type{});
+    } else {
+      first ? block(std::true_type{}, std::false_type{}) : block(std::false_type{}, std::false_type{});
+    }
   } else {
     if (first) sums_block<1, T, V, kWeight, true, false>(a, row, 0, sums);
     for (std::int64_t r = first ? 1 : 0; r < rows; ++r) sums_block<1, T, V, kWeight, false, false>(a, row + r, 0, sums);

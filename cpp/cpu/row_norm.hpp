@@ -376,11 +376,10 @@ LANENORM_INLINE RowResults<S> results_of(const RowForward& a, std::int64_t first
           a.exact == nullptr ? nullptr : a.exact + 3 * first_row, normalizers};
 }
 
-// Normalizers of `rows` <= 8 rows of float32 or 16-bit data from their moments; beyond: as above. Bit r of the result:
-// row r was redone.
+// Normalizers of `rows` <= 8 rows of float32 or 16-bit data from their moments; beyond: as above.
 template <class T, class V, class D>
-LANENORM_INLINE unsigned finish_rows(const RowForward& a, std::int64_t first_row, int rows, const Moments<D>& m,
-                                     D count, unsigned beyond, Normalizers<typename V::Scalar>* normalizers) {
+LANENORM_INLINE void finish_rows(const RowForward& a, std::int64_t first_row, int rows, const Moments<D>& m, D count,
+                                 unsigned beyond, Normalizers<typename V::Scalar>* normalizers) {
   using S = typename V::Scalar;
   const RowResults<S> to = results_of<S>(a, first_row, normalizers);
   const D eps = D::broadcast(a.eps);
@@ -393,7 +392,7 @@ LANENORM_INLINE unsigned finish_rows(const RowForward& a, std::int64_t first_row
   f.shift.template store<S>(normalizers->shift);
   D::broadcast(1.0).template store<S>(normalizers->scale);
   const unsigned redo = (~in_range_lanes<S>(f.variance, eps) | beyond) & first_lanes<D>(rows);
-  if (__builtin_expect(redo == 0 && to.exact == nullptr, 1)) return 0;
+  if (__builtin_expect(redo == 0 && to.exact == nullptr, 1)) return;
   alignas(64) double high[8], low[8], variance[8];
   f.variance.template store<double>(variance);
   f.exact_mean.high.template store<double>(high);
@@ -405,16 +404,13 @@ LANENORM_INLINE unsigned finish_rows(const RowForward& a, std::int64_t first_row
       to.save(r, {high[r], low[r]}, variance[r]);
     }
   }
-  return redo;
 }
 
 // The same of float64 data, from x.
 template <class T, class V, class D>
-LANENORM_INLINE unsigned finish_double_rows(const RowForward& a, std::int64_t first_row, int rows,
-                                            const void* const* ahead, ForwardStage<D>* stage,
-                                            Normalizers<double>* normalizers) {
+LANENORM_INLINE void finish_double_rows(const RowForward& a, std::int64_t first_row, int rows, const void* const* ahead,
+                                        ForwardStage<D>* stage, Normalizers<double>* normalizers) {
   const RowResults<double> to = results_of<double>(a, first_row, normalizers);
-  unsigned redo = 0;
   const double count = static_cast<double>(a.length);
   for (int r = 0; r < rows; ++r) {
     const void* const* x = a.x + first_row + r;
@@ -422,12 +418,10 @@ LANENORM_INLINE unsigned finish_double_rows(const RowForward& a, std::int64_t fi
     const Moments<double> m =
         piece_moments<T, V, D, false>(x, 1, a.length, 1.0, &elements, ahead == nullptr ? nullptr : ahead + r);
     const double variance = m.m2 / count;
-    const bool again = out_of_range<double>(variance, a.eps);
-    redo |= unsigned{again} << r;
-    to.set(r, again ? redo_row<T, V, D>(*x, a.length, variance, a.eps) : finish<double>(m, count, a.eps));
+    to.set(r, out_of_range<double>(variance, a.eps) ? redo_row<T, V, D>(*x, a.length, variance, a.eps)
+                                                    : finish<double>(m, count, a.eps));
     stage->drain_row();
   }
-  return redo;
 }
 
 // Rows that are finished together: 8 (short ones 16), fewer where x of them would not stay in half of L1 until it is
@@ -460,8 +454,8 @@ struct SharedAffine {
 // y of `rows` <= 8 finished rows; those `ahead_rows` further on are fetched meanwhile.
 template <class T, class V, class D, class A>
 LANENORM_INLINE void apply_rows(const RowForward& a, std::int64_t first, int rows, std::int64_t ahead_rows,
-                                const Normalizers<typename V::Scalar>& normalizers, unsigned redone,
-                                const A& affine_of_row, ForwardStage<D>* stage, Seam* seam) {
+                                const Normalizers<typename V::Scalar>& normalizers, const A& affine_of_row,
+                                ForwardStage<D>* stage, Seam* seam) {
   const char* const* x = reinterpret_cast<const char* const*>(a.x);
   const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T));
   char* table[8];
@@ -472,7 +466,7 @@ LANENORM_INLINE void apply_rows(const RowForward& a, std::int64_t first, int row
   };
   int r = 0;
   if constexpr (A::kShared) {
-    for (; r + 2 <= rows && (redone >> r & 3) == 0; r += 2) {
+    for (; r + 2 <= rows && normalizers.scale[r] == 1 && normalizers.scale[r + 1] == 1; r += 2) {
       if (stream && !on_cache_lines(y + r, 2)) break;
       apply_two<T, V>(x + first + r, y + r, a.length, normalizers[r], normalizers[r + 1], affine_of_row(0), stream,
                       ahead(r + 1) == nullptr ? nullptr : ahead(r + 1) + r);
@@ -488,10 +482,9 @@ LANENORM_INLINE void apply_rows(const RowForward& a, std::int64_t first, int row
 
 // kShort: rows of less than kShortRun vectors.
 // Not inlined: all kinds in one function leave each loop fewer registers than it needs (196 columns 1.13 of the time).
-// Arguments are copied: what y may point to is read again after every store.
+// affine_of_row by value: what y may point to is read again after every store. (`a` by value: float64 1.03..1.13.)
 template <bool kShort, class T, class V, class D, class A>
-[[gnu::noinline]] void forward_groups(const RowForward& given, A affine_of_row) {
-  const RowForward a = given;
+[[gnu::noinline]] void forward_groups(const RowForward& a, A affine_of_row) {
   constexpr int kSets = kShort ? kShortSets : 1;
   const std::int64_t row_bytes = a.length * static_cast<std::int64_t>(sizeof(T)), fitting = kGroupBytes / row_bytes;
   const std::int64_t group = kShort ? 8 * kSets : fitting < 1 ? 1 : fitting < 8 ? fitting : 8;
@@ -504,9 +497,8 @@ template <bool kShort, class T, class V, class D, class A>
     const bool whole_group = a.prefetch && first + ahead_rows + rows <= a.rows;
     const void* const* ahead = whole_group ? a.x + first + ahead_rows : nullptr;
     Normalizers<typename V::Scalar> normalizers[kSets];
-    unsigned redone[kSets];
     if constexpr (sizeof(T) == 8) {
-      redone[0] = finish_double_rows<T, V, D>(a, first, rows, ahead, &stage, normalizers);
+      finish_double_rows<T, V, D>(a, first, rows, ahead, &stage, normalizers);
     } else {
       Moments<D> m[kSets];
       unsigned beyond = 0;
@@ -516,11 +508,11 @@ template <bool kShort, class T, class V, class D, class A>
         m[0] = moments_of_rows<T, V>(a.x + first, a.length, rows, count, ahead, &stage, &beyond);
       }
       for_sets<kSets>(rows, [&](int set, int row, int of_set) LANENORM_LAMBDA_INLINE {
-        redone[set] = finish_rows<T, V>(a, first + row, of_set, m[set], count, beyond, normalizers + set);
+        finish_rows<T, V>(a, first + row, of_set, m[set], count, beyond, normalizers + set);
       });
     }
     for_sets<kSets>(rows, [&](int set, int row, int of_set) LANENORM_LAMBDA_INLINE {
-      apply_rows<T, V>(a, first + row, of_set, ahead_rows, normalizers[set], redone[set], affine_of_row, &stage, &seam);
+      apply_rows<T, V>(a, first + row, of_set, ahead_rows, normalizers[set], affine_of_row, &stage, &seam);
     });
   }
 }
